@@ -1,0 +1,83 @@
+"""The command line: python -m trainer {train,check,parameters} …"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from trainer import kohya
+from trainer.errors import ConfigError
+from trainer.run import EXIT_CONFIG, EXIT_DONE
+from trainer.schema import PARAMETERS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0 done, 1 failed, 2 bad settings, 3 stopped."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer",
+        description="Train LoRAs for Stable Diffusion. Any setting of the preset can be given "
+        "after it as --KEY VALUE, for instance --learning_rate 5e-5.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train; exit code 0 only when training finished")
+    train.add_argument("preset", type=Path)
+    train.add_argument("--run", type=Path, help="the run's folder (default: a new one in runs/)")
+    check = commands.add_parser("check", help="find everything that would stop this preset")
+    check.add_argument("preset", type=Path)
+    check.add_argument("--json", action="store_true", help="answer in JSON")
+    commands.add_parser("parameters", help="print the table of all parameters")
+    known, rest = parser.parse_known_args(arguments)
+
+    if known.command == "parameters":
+        if rest:
+            parser.error(f"unknown: {' '.join(rest)}")
+        from trainer.schema.table import markdown
+
+        print(markdown(), end="")
+        return EXIT_DONE
+    try:
+        preset = kohya.load(known.preset)
+        preset.values.update(overrides(rest, parser))
+    except ConfigError as error:
+        return _refuse(error, getattr(known, "json", False))
+    if known.command == "check":
+        from trainer.check import report
+
+        return report(preset, as_json=known.json)
+    from trainer.start import train as start
+
+    return start(preset, known.run)
+
+
+def overrides(words: list[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """`--key value` and `--key=value` pairs as a dict of preset keys; a lone switch is on."""
+    found: dict[str, Any] = {}
+    while words:
+        word, *words = words
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or key not in PARAMETERS:
+            parser.error(f'"{word}" is not an option; settings are given as --KEY VALUE with a preset\'s key')
+        if not equals:
+            if words and not words[0].startswith("--"):
+                value, *words = words
+            elif PARAMETERS[key].kind == "switch":
+                value = "true"
+            else:
+                parser.error(f"--{key} needs a value")
+        found[key] = value
+    return found
+
+
+def _refuse(error: ConfigError, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"problems": [p.__dict__ for p in error.problems], "notes": []}))
+    else:
+        print(error, file=sys.stderr)
+    return EXIT_CONFIG
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The stream of events a run writes: frozen records, one JSON line each, in `events.jsonl`.
+
+`type` and `time` (Unix seconds) come first in every line. The page reads the file by byte
+offset; a line is written with one call, so a reader never sees half of one that is ended by
+a newline.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+
+@dataclass(frozen=True)
+class Event:
+    type: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """The settings were accepted and the work begins."""
+
+    type: ClassVar[str] = "started"
+    name: str
+    family: str
+    device: str
+    precision: str
+    images: int
+    batches_per_epoch: int
+    epochs: int
+    total_steps: int
+    first_step: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Phase(Event):
+    """What is being done outside the steps: `done` of `total`; total 0 means uncounted."""
+
+    type: ClassVar[str] = "phase"
+    name: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Step(Event):
+    """One optimizer step. `loss` is its mean; rates are those that the step used."""
+
+    type: ClassVar[str] = "step"
+    step: int
+    total: int
+    epoch: int
+    epochs: int
+    loss: float
+    unet_lr: float | None
+    text_encoder_lr: float | None
+    steps_per_s: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Sample(Event):
+    """A picture in the run's folder. `index` is the prompt's line among the prompts."""
+
+    type: ClassVar[str] = "sample"
+    path: str
+    prompt: str
+    index: int
+    seed: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """A file or state folder stands complete under `path`."""
+
+    type: ClassVar[str] = "saved"
+    path: str
+    step: int
+    epoch: int
+    what: Literal["intermediate", "final", "state"]
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    type: ClassVar[str] = "warning"
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Failed(Event):
+    """Training cannot go on: a word for the kind, the cause in plain words, what to change."""
+
+    type: ClassVar[str] = "failed"
+    kind: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Ended(Event):
+    """The run is over. `done`: all steps were made. `stopped`: asked to stop; all is saved."""
+
+    type: ClassVar[str] = "ended"
+    status: Literal["done", "stopped"]
+    step: int
+    path: str
+    seconds: float
+
+
+class EventLog:
+    """Appends events to a file, each with one write."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def emit(self, event: Event) -> None:
+        record = {"type": event.type, "time": round(time.time(), 3), **asdict(event)}
+        os.write(self._file, json.dumps(record, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def read(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, object], int]]:
+    """The events from a byte offset on, each with the offset behind it.
+
+    A last line without its newline is left for the next read; one that is not JSON (the disk
+    was full when it was written) is passed over.
+    """
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and "type" in record:
+                yield record, offset

@@ -1,0 +1,210 @@
+"""Presets: flat JSON with kohya_ss's keys ↔ values that the schema knows.
+
+Nothing is dropped: a key that no field knows is kept and written back, and every change of
+spelling is reported. Values are handed on as they stand; the schema gives them their types.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.errors import ConfigError, Problem
+from trainer.schema import PARAMETERS
+
+OLDER_KEYS = {
+    "lora_network_weights": "network_weights",
+    "stop_text_encoder_training_pct": "stop_text_encoder_training",
+}
+
+OLDER_VALUES: dict[str, dict[Any, Any]] = {
+    "xformers": {True: "xformers", False: "none", "true": "xformers", "false": "none", "": "none"},
+    "save_precision": {"fp32": "float", "no": "float"},
+    "mixed_precision": {"fp32": "no", "float": "no"},
+    "optimizer": {"AdamW 8bit": "AdamW8bit", "AdaFactor": "Adafactor"},
+}
+
+DESCRIPTION = "description"
+
+# Known to kohya_ss and not supported (yet); beside each the values at which it changes nothing.
+PENDING: dict[str, tuple[Any, ...]] = {
+    "block_alphas": ("",),
+    "block_dims": ("",),
+    "block_lr_zero_threshold": ("",),
+    "color_aug": (),
+    "constrain": (),
+    "conv_alpha": (1,),
+    "conv_alphas": ("",),
+    "conv_block_alphas": ("",),
+    "conv_block_dims": ("",),
+    "conv_dim": (1,),
+    "conv_dims": ("",),
+    "debiased_estimation_loss": (),
+    "decompose_both": (),
+    "dora_wd": (),
+    "down_lr_weight": ("",),
+    "factor": (-1,),
+    "fp8_base": (),
+    "full_bf16": (),
+    "full_fp16": (),
+    "huber_c": (0.1,),
+    "huber_schedule": ("snr",),
+    "ip_noise_gamma": (),
+    "log_with": (),
+    "loraplus_lr_ratio": (),
+    "loraplus_text_encoder_lr_ratio": (),
+    "loraplus_unet_lr_ratio": (),
+    "loss_type": ("l2",),
+    "LyCORIS_preset": ("full",),
+    "masked_loss": (),
+    "max_timestep": (1000,),
+    "mem_eff_attn": (),
+    "metadata_author": (),
+    "metadata_description": (),
+    "metadata_license": (),
+    "metadata_tags": (),
+    "metadata_title": (),
+    "mid_lr_weight": ("",),
+    "min_timestep": (),
+    "module_dropout": (),
+    "network_dropout": (),
+    "no_token_padding": (),
+    "persistent_data_loader_workers": (),
+    "random_crop": (),
+    "rank_dropout": (),
+    "rank_dropout_scale": (),
+    "rescaled": (),
+    "resume": (),
+    "save_last_n_epochs": (),
+    "save_last_n_epochs_state": (),
+    "save_last_n_steps": (),
+    "save_last_n_steps_state": (),
+    "save_state": (),
+    "save_state_on_train_end": (),
+    "scale_v_pred_loss_like_noise_pred": (),
+    "scale_weight_norms": (),
+    "sdxl_cache_text_encoder_outputs": (),
+    "sdxl_no_half_vae": (True,),
+    "train_norm": (),
+    "train_on_input": (True,),
+    "unit": (1,),
+    "up_lr_weight": ("",),
+    "use_cp": (),
+    "use_scalar": (),
+    "use_tucker": (),
+    "v_pred_like_loss": (),
+    "wandb": (),
+    "wandb_api_key": (),
+    "wandb_run_name": (),
+    "weighted_captions": (),
+    "additional_parameters": (),
+}
+SECRET = ("wandb_api_key", "huggingface_token")
+_OFF: tuple[Any, ...] = (False, 0, "", None, "0", "0.0", "False")
+
+
+@dataclass(frozen=True)
+class Note:
+    """What became of one key of a preset."""
+
+    what: Literal["converted", "not supported", "unknown"]
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`values` for the schema's keys as the file holds them; `kept` is everything else."""
+
+    values: dict[str, Any]
+    kept: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[Note, ...] = ()
+
+    @property
+    def description(self) -> str:
+        return str(self.kept.get(DESCRIPTION, ""))
+
+
+def read(flat: Mapping[str, Any]) -> Preset:
+    """Sort a preset's keys into those the schema knows and the rest, older spellings mapped."""
+    values: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
+    notes: list[Note] = []
+    for key, value in flat.items():
+        known = OLDER_KEYS.get(key, key)
+        if known not in PARAMETERS:
+            kept[key] = value
+            note = _note(key, value)
+            if note:
+                notes.append(note)
+            continue
+        if known != key:
+            if known in flat:
+                kept[key] = value
+                notes.append(Note("converted", key, f"left aside, since its newer name {known} is there too"))
+                continue
+            notes.append(Note("converted", key, f"is now called {known}"))
+        newer = _newer_value(known, value)
+        if newer is not value:
+            notes.append(Note("converted", key, f"{value!r} is now called {newer!r}"))
+        values[known] = newer
+    if flat.get("use_8bit_adam") in (True, "true", "True") and "optimizer" not in flat:
+        values["optimizer"] = "AdamW8bit"
+        notes.append(Note("converted", "use_8bit_adam", "is now optimizer AdamW8bit"))
+    return Preset(values, kept, tuple(notes))
+
+
+def _newer_value(key: str, value: Any) -> Any:
+    table = OLDER_VALUES.get(key, {})
+    spelled = value.strip() if isinstance(value, str) else value
+    if isinstance(spelled, (str, bool)) and spelled in table:
+        return table[spelled]
+    choices = PARAMETERS[key].choices
+    if isinstance(spelled, str) and spelled not in choices:
+        for choice in choices:
+            if choice.lower() == spelled.lower():
+                return choice
+    return value
+
+
+def _note(key: str, value: Any) -> Note | None:
+    if key in (DESCRIPTION, "use_8bit_adam"):
+        return None
+    if key in PENDING:
+        if value in _OFF or value in PENDING[key]:
+            return None
+        return Note("not supported", key, "is not supported yet; the value is kept and has no effect")
+    return Note("unknown", key, "is not a parameter of LoRA training here; it is kept and has no effect")
+
+
+def load(path: Path) -> Preset:
+    """Read a preset file. Raises ConfigError when it is missing or is not a JSON object."""
+    try:
+        flat = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError([_file_problem(f'"{path}" cannot be read: {error.strerror}.')]) from error
+    except ValueError as error:
+        raise ConfigError([_file_problem(f'"{path}" is not JSON: {error}.')]) from error
+    if not isinstance(flat, dict):
+        raise ConfigError([_file_problem(f'"{path}" holds a {type(flat).__name__}, not an object {{"key": value}}.')])
+    return read(flat)
+
+
+def _file_problem(message: str) -> Problem:
+    return Problem("preset", "Preset file", message)
+
+
+def save(path: Path, values: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+    """Write a preset whole or not at all. Secrets are left out."""
+    flat = {k: v for k, v in {**kept, **values}.items() if k not in SECRET}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(flat, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

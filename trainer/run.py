@@ -1,0 +1,131 @@
+"""A run is a folder. This is its layout, and how a page and a trainer meet in it.
+
+    config.json     the flat preset that the run was started with
+    pid             the trainer's process id and its start time, as JSON
+    log.txt         everything the trainer printed
+    events.jsonl    the stream of trainer.events
+    control         requests, one word a line, appended by anyone
+    samples/        pictures
+    output/         the LoRA files, unless the preset names another folder
+
+Needs no torch, so that the page can use it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+REQUESTS = ("stop", "sample", "save")
+
+# What the trainer's process answers; the page and scripts rely on it.
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+EXIT_STOPPED = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one run."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.json"
+
+    @property
+    def pid(self) -> Path:
+        return self.folder / "pid"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    @property
+    def events(self) -> Path:
+        return self.folder / "events.jsonl"
+
+    @property
+    def control(self) -> Path:
+        return self.folder / "control"
+
+    @property
+    def samples(self) -> Path:
+        return self.folder / "samples"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output"
+
+    def claim(self) -> None:
+        """Write down that this process is the run's trainer.
+
+        Raises FileExistsError while another living process holds the run.
+        """
+        if self.process() is not None:
+            raise FileExistsError(f"a trainer is already working in {self.folder}")
+        me = psutil.Process()
+        write_whole(self.pid, json.dumps({"pid": me.pid, "started": me.create_time()}).encode())
+
+    def process(self) -> psutil.Process | None:
+        """The living trainer of this run; None if it ended, or if its number went to another."""
+        try:
+            record = json.loads(self.pid.read_text())
+            process = psutil.Process(int(record["pid"]))
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            return process if alive and abs(process.create_time() - record["started"]) < 1.5 else None
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            return None
+
+    def request(self, word: str) -> None:
+        """Ask the trainer for something; it acts after the step it is in."""
+        if word not in REQUESTS:
+            raise ValueError(f'"{word}" is not a request; there are {", ".join(REQUESTS)}')
+        with open(self.control, "ab") as file:
+            file.write(word.encode() + b"\n")
+
+    def requests(self, offset: int) -> tuple[list[str], int]:
+        """The requests written since a byte offset, and the offset behind them."""
+        try:
+            if self.control.stat().st_size <= offset:
+                return [], offset
+            with open(self.control, "rb") as file:
+                file.seek(offset)
+                data = file.read(4096)
+        except FileNotFoundError:
+            return [], 0
+        whole = data[: data.rfind(b"\n") + 1]
+        words = [w for w in whole.decode("ascii", "replace").split() if w in REQUESTS]
+        return words, offset + len(whole)
+
+
+def new_run(parent: Path, name: str) -> Run:
+    """Make a folder for a new run: the time, then the output name; never one that exists."""
+    slug = re.sub(r"[^\w.-]+", "-", name, flags=re.UNICODE).strip("-.") or "run"
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for attempt in range(1, 1000):
+        folder = parent / (f"{stamp}-{slug}" + (f"-{attempt}" if attempt > 1 else ""))
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return Run(folder)
+    raise FileExistsError(f"no free name for a run in {parent}")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a reader finds either the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,103 @@
+"""Every parameter, declared once. Importable without torch.
+
+`Config` is the typed, frozen form of the settings; `PARAMETERS` describes each field for the
+form, presets, the command line and the docs; `parse` turns a preset's flat dict into a Config
+or tells everything that is wrong with it.
+
+To add a parameter: declare a field in the group that it belongs to, and read it where it acts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trainer.errors import ConfigError, Problem
+from trainer.schema.data import Captions, Data
+from trainer.schema.declare import Group, Parameter, Section, describe
+from trainer.schema.model import Folders, Model, Saving
+from trainer.schema.network import Network
+from trainer.schema.objective import Objective
+from trainer.schema.optim import Optim
+from trainer.schema.rules import conflicts
+from trainer.schema.samples import Samples
+from trainer.schema.training import Training
+
+__all__ = ["PARAMETERS", "Config", "Parameter", "Section", "defaults", "parse", "shown"]
+
+
+class Config(BaseModel):
+    """All settings of one run, by the part of the trainer that reads them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Model = Field(default_factory=Model)
+    folders: Folders = Field(default_factory=Folders)
+    network: Network = Field(default_factory=Network)
+    training: Training = Field(default_factory=Training)
+    saving: Saving = Field(default_factory=Saving)
+    captions: Captions = Field(default_factory=Captions)
+    data: Data = Field(default_factory=Data)
+    optim: Optim = Field(default_factory=Optim)
+    objective: Objective = Field(default_factory=Objective)
+    samples: Samples = Field(default_factory=Samples)
+
+
+def _groups() -> dict[str, type[Group]]:
+    return {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]
+
+
+def _in_order_of_the_form() -> dict[str, Parameter]:
+    declared = [
+        describe(group, name, field) for group, kind in _groups().items() for name, field in kind.model_fields.items()
+    ]
+    order = list(Section)
+    return {p.key: p for p in sorted(declared, key=lambda p: order.index(p.section))}
+
+
+PARAMETERS: Mapping[str, Parameter] = _in_order_of_the_form()
+
+
+def defaults() -> dict[str, Any]:
+    """The flat preset of a form that nobody has touched: key → value, as JSON."""
+    return {key: "" if p.default is None else p.default for key, p in PARAMETERS.items()}
+
+
+def shown(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether a control applies, given the others' values."""
+    when = PARAMETERS[key].when
+    return all(values.get(other, PARAMETERS[other].default) in allowed for other, allowed in when.items())
+
+
+def parse(values: Mapping[str, Any]) -> Config:
+    """The typed settings for a flat dict of kohya_ss keys; a missing key has its default.
+
+    Raises ConfigError with every problem, each naming its control, the value and what is allowed.
+    """
+    parts: dict[str, Group] = {}
+    problems = [
+        Problem(key, "", f"unknown parameter; the value was {values[key]!r}") for key in values if key not in PARAMETERS
+    ]
+    for group, kind in _groups().items():
+        given = {key: values[key] for key, p in PARAMETERS.items() if p.group == group and key in values}
+        try:
+            parts[group] = kind.model_validate(given)
+        except ValidationError as error:
+            problems += [_problem(e, given) for e in error.errors()]
+    if not problems:
+        config = Config(**parts)  # type: ignore[arg-type]
+        problems += [p for p in conflicts(config) if p.severity == "error"]
+        if not problems:
+            return config
+    raise ConfigError(problems)
+
+
+def _problem(error: Any, given: Mapping[str, Any]) -> Problem:
+    key = str(error["loc"][0])
+    parameter = PARAMETERS[key]
+    if error["type"] == "value_error":
+        return Problem(key, parameter.label, str(error["ctx"]["error"]))
+    value = given.get(key, parameter.default)
+    return Problem(key, parameter.label, f'"{value}" is not allowed; it must be {parameter.allowed}')

@@ -1,0 +1,212 @@
+"""How a parameter is declared, and what the rest of the program can ask about it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic.fields import FieldInfo
+
+Kind = Literal["text", "lines", "file", "folder", "model", "integer", "number", "switch", "choice"]
+
+
+class Section(Enum):
+    """The form's sections: (tab, heading), in the order in which they stand on the page."""
+
+    BASE_MODEL = ("Source model", "Base model")
+    TRAINED_MODEL = ("Source model", "Trained model")
+    FOLDERS = ("Folders", "Folders")
+    LORA = ("Basic", "LoRA")
+    LENGTH = ("Basic", "Length of training")
+    MACHINE = ("Basic", "Precision, seed and caching")
+    LEARNING = ("Basic", "Learning rate and optimizer")
+    RANK = ("Basic", "Network size")
+    RESOLUTION = ("Basic", "Resolution and buckets")
+    BLOCKS = ("Advanced", "Blocks of the U-Net")
+    CAPTIONS = ("Advanced", "Captions and tokens")
+    STEP = ("Advanced", "Training step")
+    LOSS = ("Advanced", "Loss")
+    NOISE = ("Advanced", "Noise")
+    IMAGES = ("Advanced", "Images and buckets")
+    SAVING = ("Advanced", "Saving and resuming")
+    LOGGING = ("Advanced", "Logging")
+    SAMPLES = ("Samples", "Sample images")
+
+    @property
+    def tab(self) -> str:
+        return self.value[0]
+
+    @property
+    def heading(self) -> str:
+        return self.value[1]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One declared parameter, as the form, presets, the command line and the docs see it.
+
+    `when` maps another control's key to the values at which this one applies; elsewhere the
+    form hides it. `blank` says what an empty box means, and is None where it means nothing.
+    """
+
+    key: str
+    group: str
+    name: str
+    label: str
+    section: Section
+    help: str
+    kind: Kind
+    default: Any
+    minimum: float | None
+    maximum: float | None
+    choices: tuple[str, ...]
+    when: Mapping[str, tuple[Any, ...]]
+    blank: str | None
+    placeholder: str
+
+    @property
+    def allowed(self) -> str:
+        """What may be entered, in words."""
+        if self.kind == "choice":
+            return "one of " + ", ".join(self.choices)
+        if self.kind == "switch":
+            return "on or off"
+        if self.kind in ("integer", "number"):
+            noun = "a whole number" if self.kind == "integer" else "a number"
+            if self.minimum is not None and self.maximum is not None:
+                noun += f" from {self.minimum:g} to {self.maximum:g}"
+            elif self.minimum is not None:
+                noun += f", {self.minimum:g} or more"
+            return noun + (f"; empty: {self.blank}" if self.blank else "")
+        return "text"
+
+
+def parameter(
+    key: str,
+    default: Any,
+    label: str,
+    section: Section,
+    help: str,
+    *,
+    kind: Kind | None = None,
+    when: Mapping[str, Any] | None = None,
+    blank: str | None = None,
+    placeholder: str = "",
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+) -> Any:
+    """Declare a field: `key` is its name in a kohya_ss preset, the attribute its name in code."""
+    shown = {k: v if isinstance(v, tuple) else (v,) for k, v in (when or {}).items()}
+    extra: dict[str, Any] = {
+        "label": label,
+        "section": section,
+        "help": help,
+        "kind": kind,
+        "when": shown,
+        "blank": blank,
+        "placeholder": placeholder,
+        "minimum": ge if ge is not None else gt,
+        "maximum": le,
+    }
+    return Field(default, alias=key, ge=ge, gt=gt, le=le, json_schema_extra=extra)
+
+
+class Group(BaseModel):
+    """A frozen group of parameters. Values are coerced the way presets in the wild need it."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_by_name=True,
+        validate_by_alias=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        validate_default=True,
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _coerce(cls, value: Any, info: Any) -> Any:
+        field = cls.model_fields[info.field_name]
+        return coerce(value, kind_of(field), field)
+
+
+def coerce(value: Any, kind: Kind, field: FieldInfo) -> Any:
+    """The typed form of what a preset holds: "8", 8 and 8.0 are one number, "" is not set."""
+    if isinstance(value, str):
+        value = value.strip() if kind != "lines" else value
+    if kind in ("integer", "number") and (value == "" or value is None):
+        return None if _optional(field) else field.default
+    if value is None and kind not in ("integer", "number"):
+        return field.default if kind in ("switch", "choice") else ""
+    if kind == "switch":
+        if value == "":
+            return False
+        if isinstance(value, float):
+            return bool(value)
+    if kind == "integer" and isinstance(value, bool):
+        return int(value)
+    if kind == "integer" and isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return int(number) if number.is_integer() else value
+    return value
+
+
+def _optional(field: FieldInfo) -> bool:
+    return type(None) in get_args(field.annotation)
+
+
+def _plain(annotation: Any) -> Any:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(a for a in get_args(annotation) if a is not type(None))
+    return annotation
+
+
+def kind_of(field: FieldInfo) -> Kind:
+    """Which control shows this field, read off its type unless the declaration says."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)
+    if extra["kind"]:
+        return extra["kind"]  # type: ignore[return-value]
+    plain = _plain(field.annotation)
+    if get_origin(plain) is Literal:
+        return "choice"
+    if isinstance(plain, type) and issubclass(plain, bool):
+        return "switch"
+    if isinstance(plain, type) and issubclass(plain, int):
+        return "integer"
+    if isinstance(plain, type) and issubclass(plain, float):
+        return "number"
+    return "text"
+
+
+def describe(group: str, name: str, field: FieldInfo) -> Parameter:
+    """The declaration of one field as data."""
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict) and field.alias
+    kind = kind_of(field)
+    plain = _plain(field.annotation)
+    return Parameter(
+        key=field.alias,
+        group=group,
+        name=name,
+        label=extra["label"],  # type: ignore[arg-type]
+        section=extra["section"],  # type: ignore[arg-type]
+        help=" ".join(str(extra["help"]).split()),
+        kind=kind,
+        default=field.default,
+        minimum=extra["minimum"],  # type: ignore[arg-type]
+        maximum=extra["maximum"],  # type: ignore[arg-type]
+        choices=tuple(get_args(plain)) if kind == "choice" else (),
+        when=extra["when"],  # type: ignore[arg-type]
+        blank=extra["blank"],  # type: ignore[arg-type]
+        placeholder=extra["placeholder"],  # type: ignore[arg-type]
+    )

@@ -1,0 +1,182 @@
+"""Optimizer, learning rates and their schedule."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from trainer.schema.declare import Group, Section, parameter
+
+Scheduler = Literal[
+    "adafactor",
+    "constant",
+    "constant_with_warmup",
+    "cosine",
+    "cosine_with_restarts",
+    "linear",
+    "polynomial",
+    "piecewise_constant",
+    "warmup_stable_decay",
+    "inverse_sqrt",
+]
+Optimizer = Literal["AdamW", "AdamW8bit", "Adafactor", "Lion"]
+WARMING = tuple(s for s in Scheduler.__args__ if s not in ("constant", "adafactor"))  # type: ignore[attr-defined]
+
+
+def parse_arguments(text: Any) -> Any:
+    """`"weight_decay=0.1" betas=0.9,0.99` as a dict; values become Python literals where they are.
+
+    Raises ValueError naming the piece that has no `name=value` form.
+    """
+    if not isinstance(text, str):
+        return text
+    found = {}
+    for piece in re.findall(r'"[^"]*"|\'[^\']*\'|\S+', text):
+        piece = piece.strip("\"'")
+        name, equals, value = piece.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f'"{piece}" is not of the form name=value, as in weight_decay=0.1')
+        found[name] = _literal(value.strip())
+    return found
+
+
+def _literal(text: str) -> Any:
+    """A Python literal (`0.1`, `True`, `0.9,0.99`), or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+Arguments = Annotated[dict[str, Any], BeforeValidator(parse_arguments)]
+
+
+class Optim(Group):
+    scheduler: Scheduler = parameter(
+        "lr_scheduler",
+        "cosine",
+        "LR Scheduler",
+        Section.LEARNING,
+        """How the learning rate moves from start to end. cosine falls gently to 0 and is a good
+        default; constant stays; cosine_with_restarts jumps back up; adafactor lets the Adafactor
+        optimizer choose.""",
+    )
+    optimizer: Optimizer = parameter(
+        "optimizer",
+        "AdamW8bit",
+        "Optimizer",
+        Section.LEARNING,
+        """How weights are changed. AdamW8bit: as good as AdamW with a quarter of its memory.
+        Adafactor: can choose its own rate. Lion: fewer states, wants a rate 3–10 times lower.""",
+    )
+    arguments: Arguments = parameter(
+        "optimizer_args",
+        "",
+        "Optimizer extra arguments",
+        Section.LEARNING,
+        """name=value pairs for the optimizer, separated by blanks: weight_decay=0.1
+        betas=0.9,0.99. An unknown name is refused with the list of those it knows.""",
+        kind="text",
+        placeholder="weight_decay=0.1 betas=0.9,0.99",
+    )
+    max_grad_norm: float = parameter(
+        "max_grad_norm",
+        1.0,
+        "Max grad norm",
+        Section.LEARNING,
+        """Gradients longer than this are shortened to it, so that one odd batch cannot wreck the
+        LoRA. 0: off.""",
+        ge=0,
+    )
+    learning_rate: float = parameter(
+        "learning_rate",
+        1e-4,
+        "Learning rate",
+        Section.LEARNING,
+        """How far each step moves, for the parts whose own rate below is empty. Too high: broken
+        pictures; too low: nothing happens.""",
+        ge=0,
+    )
+    text_encoder_lr: float | None = parameter(
+        "text_encoder_lr",
+        5e-5,
+        "Text Encoder learning rate",
+        Section.LEARNING,
+        """Rate of the text encoder, usually half of the U-Net's. 0: the text encoder is not
+        trained. Empty: the learning rate above.""",
+        ge=0,
+        blank="Learning rate",
+    )
+    unet_lr: float | None = parameter(
+        "unet_lr",
+        1e-4,
+        "Unet learning rate",
+        Section.LEARNING,
+        """Rate of the U-Net, the part that draws. 0: it is not trained. Empty: the learning rate
+        above.""",
+        ge=0,
+        blank="Learning rate",
+    )
+    warmup_percent: float = parameter(
+        "lr_warmup",
+        10.0,
+        "LR warmup (% of total steps)",
+        Section.LEARNING,
+        """The rate climbs from 0 over this share of all steps, which spares the optimizer a rough
+        start. The schedulers constant and adafactor have none.""",
+        ge=0,
+        le=100,
+        when={"lr_scheduler": WARMING},
+    )
+    warmup_steps: int = parameter(
+        "lr_warmup_steps",
+        0,
+        "LR warmup steps (override)",
+        Section.LEARNING,
+        """The same as a number of steps; above 0 it goes before the percentage.""",
+        ge=0,
+        when={"lr_scheduler": WARMING},
+    )
+    cycles: float | None = parameter(
+        "lr_scheduler_num_cycles",
+        None,
+        "LR number of cycles",
+        Section.LEARNING,
+        """How often cosine_with_restarts falls to 0 and starts anew. Empty: once.""",
+        gt=0,
+        blank="1",
+        when={"lr_scheduler": ("cosine_with_restarts",)},
+    )
+    power: float | None = parameter(
+        "lr_scheduler_power",
+        None,
+        "LR power",
+        Section.LEARNING,
+        """Exponent of polynomial: 1 is a straight line, higher falls faster at first. Empty: 1.""",
+        gt=0,
+        blank="1",
+        when={"lr_scheduler": ("polynomial",)},
+    )
+    scheduler_arguments: Arguments = parameter(
+        "lr_scheduler_args",
+        "",
+        "LR scheduler extra arguments",
+        Section.LEARNING,
+        """name=value pairs for the scheduler, separated by blanks; piecewise_constant needs
+        step_rules="1:100,0.1" (factor 1 until step 100, then 0.1).""",
+        kind="text",
+        placeholder="lr_end=1e-6",
+    )
+    stop_text_encoder_percent: float = parameter(
+        "stop_text_encoder_training",
+        0.0,
+        "Stop text encoder training (% of total steps)",
+        Section.RESOLUTION,
+        """After this share of all steps the text encoder's part of the LoRA stays as it is; it
+        overfits sooner than the U-Net. 0: it is trained to the end.""",
+        ge=0,
+        le=100,
+    )

@@ -1,0 +1,111 @@
+"""Length, precision and memory of training."""
+
+from typing import Literal
+
+from trainer.schema.declare import Group, Section, parameter
+
+
+class Training(Group):
+    batch_size: int = parameter(
+        "train_batch_size",
+        1,
+        "Train batch size",
+        Section.LENGTH,
+        """Images per step. More is smoother and quicker per image, and takes more memory; raise
+        the learning rate with it. Only images of one bucket share a batch.""",
+        ge=1,
+        le=4096,
+    )
+    epochs: int = parameter(
+        "epoch",
+        1,
+        "Epoch",
+        Section.LENGTH,
+        """How many times all images (times their repeats) are gone through. 20 images × 10 repeats
+        × 8 epochs = 1600 steps at batch size 1: a good first try.""",
+        ge=1,
+    )
+    max_epochs: int | None = parameter(
+        "max_train_epochs",
+        None,
+        "Max train epoch",
+        Section.LENGTH,
+        """Training ends after this many epochs, whatever Epoch says. Empty or 0: no limit.""",
+        ge=0,
+        blank="no limit",
+    )
+    max_steps: int | None = parameter(
+        "max_train_steps",
+        None,
+        "Max train steps",
+        Section.LENGTH,
+        """Training takes exactly this many steps; it goes before both epoch settings. Empty or 0:
+        the epochs decide.""",
+        ge=0,
+        blank="the epochs decide",
+    )
+    precision: Literal["no", "fp16", "bf16"] = parameter(
+        "mixed_precision",
+        "fp16",
+        "Mixed precision",
+        Section.MACHINE,
+        """The numbers that the model computes with. bf16 where the card knows it (RTX 30 and
+        newer, and processors), fp16 on older cards, no for full precision at twice the memory. The
+        LoRA's own weights stay exact either way.""",
+    )
+    threads: int = parameter(
+        "num_cpu_threads_per_process",
+        2,
+        "Number of CPU threads per core",
+        Section.MACHINE,
+        """Threads that the trainer computes with on the processor. Matters little on a GPU; on a
+        CPU set it to the number of cores.""",
+        ge=1,
+        le=1024,
+    )
+    seed: int | None = parameter(
+        "seed",
+        None,
+        "Seed",
+        Section.MACHINE,
+        """Start of all randomness. The same number and the same settings on the same device give
+        the same LoRA. Empty: a random one, which the log and the file name.""",
+        ge=0,
+        le=2**63 - 1,
+        blank="a random seed",
+    )
+    accumulation: int = parameter(
+        "gradient_accumulation_steps",
+        1,
+        "Gradient accumulate steps",
+        Section.STEP,
+        """Batches that are averaged into one step: the effect of a batch N times as large without
+        its memory. Steps get fewer and slower.""",
+        ge=1,
+    )
+    checkpointing: bool = parameter(
+        "gradient_checkpointing",
+        False,
+        "Gradient checkpointing",
+        Section.STEP,
+        """Forget intermediate results and compute them again when needed: far less memory, about a
+        third slower, the same result.""",
+    )
+    attention: Literal["none", "sdpa", "xformers"] = parameter(
+        "xformers",
+        "xformers",
+        "CrossAttention",
+        Section.STEP,
+        """The attention kernel. xformers where it is installed and knows this machine; otherwise
+        PyTorch's own (sdpa), which is as good, and the log says so. none: the plain formula, slow
+        and hungry, for comparing.""",
+    )
+    prior_loss_weight: float = parameter(
+        "prior_loss_weight",
+        1.0,
+        "Prior loss weight",
+        Section.LOSS,
+        """How much regularisation images count against training images. Without a regularisation
+        folder it does nothing.""",
+        ge=0,
+    )
