@@ -1,0 +1,341 @@
+"""Everything that would stop a preset, found before the start and told all at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trainer.data import folders
+from trainer.data.batches import batches_per_epoch
+from trainer.data.buckets import Buckets, Size
+from trainer.data.folders import Picture
+from trainer.errors import ConfigError, DataError, LorawrightError, Problem
+from trainer.kohya import Note, Preset
+from trainer.length import Length
+from trainer.models import families
+from trainer.models.families import Found
+from trainer.paths import resolve, shown
+from trainer.prompts import parse as parse_prompts
+from trainer.run import EXIT_CONFIG, EXIT_DONE
+from trainer.schema import PARAMETERS, Config, parse
+from trainer.schema.rules import conflicts, text_encoder_rate, unet_rate
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What training would do; None where a problem keeps it from being known.
+
+    `images` to train on, `regularisation` images beside them, `repeats`: pictures seen in an
+    epoch, `buckets`: (width, height, pictures seen in an epoch).
+    """
+
+    images: int = 0
+    regularisation: int = 0
+    repeats: int = 0
+    batches_per_epoch: int | None = None
+    total_steps: int | None = None
+    epochs: int | None = None
+    buckets: tuple[tuple[int, int, int], ...] = ()
+    family: str | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """`config` is None when there is an error among the problems; with warnings alone it is set."""
+
+    config: Config | None
+    problems: tuple[Problem, ...]
+    notes: tuple[Note, ...]
+    summary: Summary
+
+    @property
+    def errors(self) -> tuple[Problem, ...]:
+        return tuple(problem for problem in self.problems if problem.severity == "error")
+
+
+def problems(preset: Preset) -> Checked:
+    """Check settings, model, images, captions, folders and prompts of a preset; writes nothing."""
+    config, found = settings(preset.values)
+    model, model_problems = _model(config)
+    survey = folders.survey(config.folders, config.captions, decode=True)
+    places, place_problems = _places(config, survey.dataset.pictures)
+    found += [
+        *model_problems,
+        *_vae(config),
+        *_network_weights(config, model),
+        *survey.problems,
+        *place_problems,
+        *_output(config),
+        *_logging(config),
+        *_samples(config),
+    ]
+    summary = _summary(config, survey.dataset.pictures, places, model)
+    refused = any(problem.severity == "error" for problem in found)
+    return Checked(None if refused else config, tuple(found), preset.notes, summary)
+
+
+def report(preset: Preset, as_json: bool) -> int:
+    """Print what `problems` finds. Returns the exit code: 0 ready, 2 when there are errors."""
+    checked = problems(preset)
+    if as_json:
+        answer = {
+            "problems": [asdict(problem) for problem in checked.problems],
+            "notes": [asdict(note) for note in checked.notes],
+            "summary": asdict(checked.summary),
+        }
+        print(json.dumps(answer))
+    else:
+        print("\n".join(_lines(checked)))
+    return EXIT_CONFIG if checked.errors else EXIT_DONE
+
+
+def _lines(checked: Checked) -> Iterator[str]:
+    for severity in ("error", "warning"):
+        yield from (f"{p.severity}: {p}" for p in checked.problems if p.severity == severity)
+    yield from (f"note: {note}" for note in checked.notes)
+    summary = checked.summary
+    if checked.errors:
+        yield f"Not ready: {len(checked.errors)} error(s)."
+    else:
+        beside = f" and {summary.regularisation} for regularisation" if summary.regularisation else ""
+        yield (
+            f"Ready: {summary.images} images{beside}, {summary.repeats} seen in an epoch, in {len(summary.buckets)} "
+            f"bucket(s); {summary.total_steps} steps in {summary.epochs} epoch(s) of {summary.batches_per_epoch} "
+            f"batches; {families.SUPPORTED.get(summary.family or '', summary.family)}."
+        )
+
+
+def settings(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
+    """The config, with the default in place of each value that is not allowed, and all problems."""
+    try:
+        found, bad = list[Problem](), set[str]()
+        config = parse(values)
+    except ConfigError as error:
+        found = list(error.problems)
+        config, bad = _as_far_as_it_goes(values)
+    known = {(problem.key, problem.message) for problem in found}
+    for problem in conflicts(config):
+        meant = (problem.key, problem.message) in known or any(
+            key == problem.key or f"({key})" in problem.message for key in bad
+        )
+        if not meant:
+            found.append(problem)
+    return config, found
+
+
+def _as_far_as_it_goes(values: Mapping[str, Any]) -> tuple[Config, set[str]]:
+    """The config without the values that are not allowed, and their keys."""
+    parts: dict[str, Any] = {}
+    bad: set[str] = set()
+    for group, field in Config.model_fields.items():
+        kind: Any = field.annotation
+        given = {key: values[key] for key, p in PARAMETERS.items() if p.group == group and key in values}
+        try:
+            parts[group] = kind.model_validate(given)
+        except ValidationError as error:
+            wrong = {str(e["loc"][0]) for e in error.errors()}
+            bad |= wrong
+            parts[group] = kind.model_validate({k: v for k, v in given.items() if k not in wrong})
+    return Config(**parts), bad
+
+
+def _problem(key: str, message: object, severity: str = "error") -> Problem:
+    return Problem(key, PARAMETERS[key].label, str(message), severity)  # type: ignore[arg-type]
+
+
+def _model(config: Config) -> tuple[Found | None, list[Problem]]:
+    key = "pretrained_model_name_or_path"
+    try:
+        found = families.detect(families.locate(config.model.path))
+    except LorawrightError as error:
+        return None, [_problem(key, error)]
+    wrong = []
+    the_model = f"but {PARAMETERS[key].label} ({key}) is {found.what}"
+    for name, family in (("v2", "sd2"), ("sdxl", "sdxl")):
+        if getattr(config.model, name) and found.family != family:
+            wrong.append(_problem(name, f"is on, {the_model}. Switch it off, or choose another model."))
+    predicts_velocity = found.prediction == "v_prediction"
+    if config.model.v_parameterization and not predicts_velocity:
+        wrong.append(
+            _problem(
+                "v_parameterization",
+                f"is on, {the_model} that predicts noise. Switch it off, or choose another model.",
+            )
+        )
+    if predicts_velocity and not config.model.v_parameterization:
+        wrong.append(
+            _problem("v_parameterization", f"is off, {the_model} that predicts velocity by its own word. Switch it on.")
+        )
+    return found, wrong
+
+
+def _vae(config: Config) -> Iterator[Problem]:
+    if config.model.vae:
+        try:
+            families.check_vae(config.model.vae)
+        except LorawrightError as error:
+            yield _problem("vae", error)
+
+
+def _network_weights(config: Config, model: Found | None) -> Iterator[Problem]:
+    network, key = config.network, "network_weights"
+    if not network.weights:
+        return
+    try:
+        lora = families.read_lora(network.weights)
+    except LorawrightError as error:
+        yield _problem(key, error)
+        return
+    if model and lora.width and lora.width != model.width:
+        yield _problem(
+            key,
+            f'"{shown(network.weights)}" was made for a model whose text states are {lora.width} wide; those of '
+            f"{PARAMETERS['pretrained_model_name_or_path'].label} (pretrained_model_name_or_path) are {model.width}. "
+            "Choose the model that it was trained on, or one of the same family.",
+        )
+    if not network.dim_from_weights and lora.ranks - {network.rank}:
+        ranks = ", ".join(str(rank) for rank in sorted(lora.ranks))
+        yield _problem(
+            key,
+            f'"{shown(network.weights)}" has rank {ranks}, Network Rank (network_dim) is {network.rank}. '
+            "Make them equal, or switch on DIM from weights (dim_from_weights).",
+        )
+    rates = {"unet": ("unet_lr", unet_rate(config)), "text_encoder": ("text_encoder_lr", text_encoder_rate(config))}
+    for part, (rate_key, rate) in rates.items():
+        noun = "U-Net" if part == "unet" else "text encoder"
+        if part in lora.parts and rate == 0:
+            yield _problem(
+                key,
+                f'"{shown(network.weights)}" holds a {noun} part, but {PARAMETERS[rate_key].label} ({rate_key}) is 0, '
+                "so it would be lost. Set a rate above 0.",
+            )
+        elif part not in lora.parts and rate and not network.dim_from_weights:
+            yield _problem(
+                key,
+                f'"{shown(network.weights)}" has no {noun} part to go on from. Set {PARAMETERS[rate_key].label} '
+                f"({rate_key}) to 0.",
+            )
+
+
+def _places(config: Config, pictures: tuple[Picture, ...]) -> tuple[list[Size] | None, list[Problem]]:
+    """The bucket of each picture, or None and why there is none."""
+    data = config.data
+    if data.buckets and data.bucket_step % 8:
+        return None, [
+            _problem("bucket_reso_steps", f"{data.bucket_step} is not a multiple of 8, as the VAE needs. Use 64.")
+        ]
+    if not data.buckets and any(side % 8 for side in data.resolution):
+        given = f"{data.resolution[0]},{data.resolution[1]}"
+        return None, [_problem("max_resolution", f'"{given}": both sides must be multiples of 8, as the VAE needs.')]
+    try:
+        buckets = Buckets(data)
+    except DataError as error:
+        key = "min_bucket_reso" if data.min_bucket_side > min(data.resolution) else "max_bucket_reso"
+        return None, [_problem(key, error)]
+    places: dict[Size, Size] = {}
+    refused: dict[Size, DataError] = {}
+    for size in {picture.size for picture in pictures}:
+        try:
+            places[size] = buckets.place(size).bucket
+        except DataError as error:
+            refused[size] = error
+    small = [picture for picture in pictures if picture.size in refused]
+    if not small:
+        return [places[picture.size] for picture in pictures], []
+    names = "; ".join(f'"{shown(p.path)}": {refused[p.size].message.rstrip(".")}' for p in small[:5])
+    more = f"; and {len(small) - 5} more" if len(small) > 5 else ""
+    hint = refused[small[0].size].hint
+    return None, [_problem("bucket_no_upscale", f"{len(small)} image(s) are too small or narrow: {names}{more}. {hint}")]
+
+
+def _output(config: Config) -> Iterator[Problem]:
+    text, name = config.folders.output, config.saving.name
+    if not text.strip():
+        return
+    try:
+        folder = resolve(text)
+    except LorawrightError as error:
+        yield _problem("output_dir", error)
+        return
+    if why := not_writable(folder):
+        yield _problem("output_dir", f"{why} Choose another folder, or leave it empty.")
+        return
+    file = folder / f"{name}.safetensors"
+    if not os.path.lexists(file):
+        return
+    if config.network.weights and resolve(config.network.weights).resolve() == file.resolve():
+        yield _problem(
+            "output_name",
+            f'"{shown(file)}" is the file in LoRA network weights (network_weights), which is never written to. '
+            "Choose another name or another Output folder (output_dir).",
+        )
+    else:
+        yield _problem(
+            "output_name", f'"{shown(file)}" exists already and will be replaced. Choose another name to keep it.', "warning"
+        )
+
+
+def _logging(config: Config) -> Iterator[Problem]:
+    if not config.folders.logging.strip():
+        return
+    try:
+        why = not_writable(resolve(config.folders.logging))
+    except LorawrightError as error:
+        why = str(error)
+    if why:
+        yield _problem("logging_dir", f"{why} Choose another folder, or leave it empty.")
+
+
+def not_writable(folder: Path) -> str:
+    """Why no files can be written under `folder`, which need not exist; empty if they can."""
+    existing = folder.absolute()
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not os.path.isdir(existing):  # noqa: PTH112  answers False where pathlib raises
+        return f'"{shown(existing)}" is not a folder.'
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return ""
+    except OSError as error:
+        return f'"{shown(folder)}" cannot be written to ({error.strerror}).'
+
+
+def _samples(config: Config) -> Iterator[Problem]:
+    samples = config.samples
+    try:
+        prompts = parse_prompts(samples.prompts)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    if not prompts and (samples.every_n_steps or samples.every_n_epochs):
+        yield _problem("sample_prompts", "is empty, so no samples will be drawn. Enter one prompt a line.", "warning")
+
+
+def _summary(config: Config, pictures: tuple[Picture, ...], places: list[Size] | None, model: Found | None) -> Summary:
+    training = sum(not picture.regularisation for picture in pictures)
+    repeats = [picture.repeats for picture in pictures]
+    family = model.family if model else None
+    if not places:
+        return Summary(training, len(pictures) - training, sum(repeats), family=family)
+    counts: Counter[Size] = Counter()
+    for bucket, count in zip(places, repeats, strict=True):
+        counts[bucket] += count
+    length = Length.of(batches_per_epoch(places, repeats, config.training.batch_size), config.training)
+    return Summary(
+        training,
+        len(pictures) - training,
+        sum(repeats),
+        length.batches_per_epoch,
+        length.total_steps,
+        length.epochs,
+        tuple((*bucket, count) for bucket, count in sorted(counts.items())),
+        family,
+    )
