@@ -7,6 +7,8 @@
     control         requests, one word a line, appended by anyone
     samples/        pictures
     output/         the LoRA files, unless the preset names another folder
+    exit            how the process ended, as JSON, written by the page that started it
+    killed          empty; there when the page ended the trainer by force
 
 Needs no torch, so that the page can use it.
 """
@@ -65,12 +67,22 @@ class Run:
     def output(self) -> Path:
         return self.folder / "output"
 
+    @property
+    def exit(self) -> Path:
+        return self.folder / "exit"
+
+    @property
+    def killed(self) -> Path:
+        return self.folder / "killed"
+
     def claim(self) -> None:
         """Write down that this process is the run's trainer.
 
-        Raises FileExistsError while another living process holds the run.
+        Whoever started this process may have written it down already. Raises FileExistsError
+        while another living process holds the run.
         """
-        if self.process() is not None:
+        holder = self.process()
+        if holder is not None and holder.pid != os.getpid():
             raise FileExistsError(f"a trainer is already working in {self.folder}")
         me = psutil.Process()
         write_whole(self.pid, json.dumps({"pid": me.pid, "started": me.create_time()}).encode())
