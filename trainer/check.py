@@ -61,11 +61,14 @@ class Checked:
         return tuple(problem for problem in self.problems if problem.severity == "error")
 
 
-def problems(preset: Preset) -> Checked:
-    """Check settings, model, images, captions, folders and prompts of a preset; writes nothing."""
+def problems(preset: Preset, decode: bool = True) -> Checked:
+    """Check settings, model, images, captions, folders and prompts of a preset; writes nothing.
+
+    Without `decode` only the images' headers are read: quicker, but damage further in is not found.
+    """
     config, found = settings(preset.values)
     model, model_problems = _model(config)
-    survey = folders.survey(config.folders, config.captions, decode=True)
+    survey = folders.survey(config.folders, config.captions, decode)
     places, place_problems = _places(config, survey.dataset.pictures)
     found += [
         *model_problems,

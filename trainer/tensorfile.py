@@ -86,7 +86,7 @@ def header(path: Path) -> Header:
             raise ModelError(f'"{name}" is a folder, not a file.', "Name the .safetensors file inside it.")
         if not stat.S_ISREG(info.st_mode):
             raise ModelError(f'"{name}" is not a regular file.', "Name a .safetensors file.")
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             start = file.read(512)
             _refuse_other_formats(name, info.st_size, start)
             (length,) = struct.unpack("<Q", start[:8])

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image, UnidentifiedImageError, features
 
 from trainer.data.buckets import Placement, Size
 from trainer.errors import DataError
@@ -86,7 +86,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _why(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "it is none, whatever its name says"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
