@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny random base model's file."""
+    from tests import tiny
+
+    return tiny.write(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three real photographs of different shapes, in kohya's layout, with captions. Read only."""
+    from PIL import Image
+    from skimage import data
+
+    folder = tmp_path_factory.mktemp("photographs")
+    inner = folder / "2_photo"
+    inner.mkdir()
+    for name, caption in (("astronaut", "a woman, space suit"), ("chelsea", "a cat"), ("rocket", "a rocket, night")):
+        picture = Image.fromarray(getattr(data, name)())
+        picture.thumbnail((160, 160))
+        picture.save(inner / f"{name}.png")
+        (inner / f"{name}.txt").write_text(caption)
+    return folder
+
+
+@pytest.fixture
+def settings(tiny_model: Path, photographs: Path, tmp_path: Path) -> dict[str, Any]:
+    """A preset that trains the tiny model on the photographs for six steps."""
+    return {
+        "pretrained_model_name_or_path": str(tiny_model),
+        "train_data_dir": str(photographs),
+        "output_dir": str(tmp_path / "out"),
+        "output_name": "photo",
+        "caption_extension": ".txt",
+        "max_resolution": "64,64",
+        "bucket_reso_steps": 32,
+        "mixed_precision": "no",
+        "save_precision": "float",
+        "optimizer": "AdamW",
+        "learning_rate": 1e-2,
+        "unet_lr": "",
+        "text_encoder_lr": "",
+        "lr_warmup": 0,
+        "network_dim": 4,
+        "network_alpha": 4,
+        "seed": 7,
+        "epoch": 1,
+    }
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., Any]:
+    """Train with a preset in this process; returns (exit code, the run's events, its folder)."""
+    from trainer import events
+    from trainer.__main__ import main
+
+    count = 0
+
+    def run(preset: dict[str, Any], *arguments: str) -> tuple[int, list[dict[str, Any]], Path]:
+        nonlocal count
+        count += 1
+        path = tmp_path / f"preset{count}.json"
+        path.write_text(json.dumps(preset))
+        folder = tmp_path / f"run{count}"
+        code = main(["train", str(path), "--run", str(folder), *arguments])
+        stream = [event for event, _ in events.read(folder / "events.jsonl")] if folder.exists() else []
+        return code, stream, folder
+
+    return run

@@ -1,0 +1,83 @@
+"""Writing and reading LoRA files."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from trainer.errors import ModelError, TrainingError
+from trainer.networks import Network
+from trainer.run import write_whole
+
+DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LEGACY_HASH_START, LEGACY_HASH_LENGTH = 0x100000, 0x10000
+
+
+def file_name(name: str, *, epoch: int | None = None, step: int | None = None) -> str:
+    """Kohya's names: NAME-000002 after an epoch, NAME-step00000200 after a step, NAME at the end."""
+    if epoch is not None:
+        return f"{name}-{epoch:06d}.safetensors"
+    if step is not None:
+        return f"{name}-step{step:08d}.safetensors"
+    return f"{name}.safetensors"
+
+
+def save_lora(path: Path, network: Network, precision: str, metadata: Mapping[str, str]) -> None:
+    """Write the network's tensors and what describes them; whole or not at all.
+
+    Raises TrainingError when a weight is not a number (nothing is written then) or the disk is full.
+    """
+    dtype = DTYPES[precision]
+    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in network.tensors().items()}
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise TrainingError(
+            "not_a_number",
+            f"{len(bad)} of {len(tensors)} tensors of the LoRA are not numbers any more (the first: {bad[0]}), "
+            f'so "{path.name}" was not written.',
+            "Lower the learning rate, or set Mixed precision to bf16 or no; then start from the last good file.",
+        )
+    data = save(tensors, {**metadata, **hashes(tensors, metadata)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, data)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise TrainingError(
+            "disk_full",
+            f'There is no room on the disk for "{path}" ({len(data) / 1e6:.0f} MB).',
+            "Free some space or choose another Output folder (output_dir).",
+        ) from error
+
+
+def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The two digests by which web UIs know a LoRA.
+
+    Both are taken of the file as it would be with its ss_ entries alone, since titles and the like
+    may be edited later: of everything behind the header, and of 64 kB at 1 MB (the old one).
+    """
+    data = save(dict(tensors), {k: v for k, v in metadata.items() if k.startswith("ss_")})
+    header = 8 + int.from_bytes(data[:8], "little")
+    legacy = data[LEGACY_HASH_START : LEGACY_HASH_START + LEGACY_HASH_LENGTH]
+    return {
+        "sshs_model_hash": hashlib.sha256(data[header:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
+    }
+
+
+def read_lora(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a LoRA file, float32. Raises ModelError when it is not one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f'LoRA network weights: "{path}" cannot be read ({error}).', "Choose a .safetensors LoRA file."
+        ) from error

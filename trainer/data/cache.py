@@ -1,0 +1,202 @@
+"""Latents of all pictures, encoded once: in memory, and on disk for the next run.
+
+On disk each picture has one file for each size it was encoded at, in a folder `.latents` beside
+it. The file's header says what it was made from: the picture's bytes, the VAE, the crop. An entry
+that does not match is made anew; one that is damaged or foreign too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from trainer.data.buckets import Placement
+from trainer.data.folders import Picture
+from trainer.data.images import pixels
+from trainer.run import write_whole
+
+log = logging.getLogger(__name__)
+FOLDER = ".latents"
+
+
+@dataclass(frozen=True)
+class Latents:
+    """One picture's latents [C,h,w], and those of its mirror image where flipping is on."""
+
+    plain: torch.Tensor
+    flipped: torch.Tensor | None = None
+
+
+def to_tensor(pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    """uint8 pictures [H,W,3] of one size → float32 [B,3,H,W] in −1…1."""
+    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return stacked.float().div_(127.5).sub_(1)
+
+
+def encode_all(
+    pictures: Sequence[Picture],
+    placements: Sequence[Placement],
+    model: Any,
+    *,
+    flip: bool,
+    batch_size: int,
+    dtype: torch.dtype,
+    to_disk: bool,
+    progress: Callable[[int, int], None],
+    stopping: Callable[[], bool] = lambda: False,
+) -> list[Latents]:
+    """The latents of every picture, in order; encoded in batches of one size, decoded in parallel.
+
+    `progress(done, total)` is called as they come. Pictures whose disk entry is valid are not
+    decoded at all.
+    """
+    found: list[Latents | None] = [None] * len(pictures)
+    store = DiskCache(model, dtype, flip) if to_disk else None
+    if store:
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(store.read, pictures, placements))
+    done = sum(latents is not None for latents in found)
+    if done:
+        log.info("%d of %d latents were read from the disk cache", done, len(pictures))
+    progress(done, len(pictures))
+    todo = defaultdict(list)
+    for i, latents in enumerate(found):
+        if latents is None:
+            todo[placements[i].bucket].append(i)
+    batches = [group[k : k + batch_size] for group in todo.values() for k in range(0, len(group), batch_size)]
+    for batch, images in _decoded_ahead(batches, pictures, placements):
+        if stopping():
+            break
+        plain = _encode(model, images, [_draw(pictures[i], "plain") for i in batch]).to("cpu", dtype)
+        mirrored = None
+        if flip:
+            turned = [np.ascontiguousarray(image[:, ::-1]) for image in images]
+            mirrored = _encode(model, turned, [_draw(pictures[i], "flipped") for i in batch]).to("cpu", dtype)
+        for k, i in enumerate(batch):
+            found[i] = Latents(plain[k].clone(), mirrored[k].clone() if mirrored is not None else None)
+            if store:
+                store.write(pictures[i], placements[i], found[i])
+        done += len(batch)
+        progress(done, len(pictures))
+    return found  # type: ignore[return-value]
+
+
+def _decoded_ahead(
+    batches: list[list[int]], pictures: Sequence[Picture], placements: Sequence[Placement]
+) -> Iterator[tuple[list[int], list[np.ndarray]]]:
+    """Each batch with its decoded images, while the next two are being read by other threads."""
+    with ThreadPoolExecutor() as pool:
+        waiting: list[Any] = []
+        for batch in batches:
+            waiting.append((batch, [pool.submit(pixels, pictures[i].path, placements[i]) for i in batch]))
+            if len(waiting) > 2:
+                ready, images = waiting.pop(0)
+                yield ready, [image.result() for image in images]
+        for ready, images in waiting:
+            yield ready, [image.result() for image in images]
+
+
+def _draw(picture: Picture, which: str) -> torch.Generator:
+    """The random state for a picture's posterior: its own, so that order and batch don't matter."""
+    digest = hashlib.blake2b(f"{picture.path.name}/{picture.size}/{which}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def _encode(model: Any, images: list[np.ndarray], generators: list[torch.Generator]) -> torch.Tensor:
+    return model.encode(to_tensor(images), generators)
+
+
+class DiskCache:
+    """Latents in files beside the pictures. Read-only folders are used as they are, with a warning."""
+
+    def __init__(self, model: Any, dtype: torch.dtype, flip: bool) -> None:
+        self.vae = fingerprint(model.vae)
+        self.dtype = dtype
+        self.flip = flip
+        self._refused: set[Path] = set()
+
+    def file(self, picture: Picture, placement: Placement) -> Path:
+        width, height = placement.bucket
+        return picture.path.parent / FOLDER / f"{picture.path.name}_{width}x{height}.safetensors"
+
+    def made_from(self, placement: Placement) -> str:
+        return json.dumps({"vae": self.vae, "resized": placement.resized, "crop": placement.crop, "version": 1})
+
+    def read(self, picture: Picture, placement: Placement) -> Latents | None:
+        """The stored latents if they belong to this picture, VAE and crop; else None."""
+        file = self.file(picture, placement)
+        try:
+            with safe_open(file, framework="pt") as entry:
+                metadata = entry.metadata() or {}
+                if metadata.get("made_from") != self.made_from(placement):
+                    return None
+                if not _same_picture(picture.path, metadata):
+                    return None
+                names = set(entry.keys())
+                if self.flip and "flipped" not in names:
+                    return None
+                plain = entry.get_tensor("plain").to(self.dtype)
+                flipped = entry.get_tensor("flipped").to(self.dtype) if self.flip else None
+        except (OSError, SafetensorError):
+            return None
+        width, height = placement.bucket
+        if plain.shape[1:] != (height // 8, width // 8) or not torch.isfinite(plain).all():
+            return None
+        return Latents(plain, flipped)
+
+    def write(self, picture: Picture, placement: Placement, latents: Latents | None) -> None:
+        """Store one entry, whole or not at all."""
+        file = self.file(picture, placement)
+        if latents is None or file.parent in self._refused:
+            return
+        stat = picture.path.stat()
+        metadata = {
+            "made_from": self.made_from(placement),
+            "mtime_ns": str(stat.st_mtime_ns),
+            "size": str(stat.st_size),
+            "blake2b": _digest(picture.path),
+        }
+        tensors = {"plain": latents.plain}
+        if latents.flipped is not None:
+            tensors["flipped"] = latents.flipped
+        try:
+            file.parent.mkdir(exist_ok=True)
+            write_whole(file, save(tensors, metadata))
+        except OSError as error:
+            self._refused.add(file.parent)
+            log.warning("latents are not cached in %s: %s", file.parent, error.strerror or os.strerror(error.errno or 0))
+
+
+def _same_picture(path: Path, metadata: dict[str, str]) -> bool:
+    stat = path.stat()
+    if (str(stat.st_mtime_ns), str(stat.st_size)) == (metadata.get("mtime_ns"), metadata.get("size")):
+        return True
+    return _digest(path) == metadata.get("blake2b")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A digest of a module's weights and their dtype, so that another VAE is told from this one."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in module.state_dict().items():
+        if "decoder" not in name:
+            digest.update(f"{name}{tensor.dtype}".encode())
+            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()

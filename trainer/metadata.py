@@ -1,0 +1,173 @@
+"""What a LoRA file says about itself: the `ss_*` and `modelspec.*` entries of its header.
+
+Names and formats are those that sd-scripts writes and that the web UIs, model managers and
+metadata editors read: every value is text; lists and tables are JSON; what is unset is "None".
+Paths are never stored, only their last part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from trainer.data.buckets import Placement
+from trainer.data.captions import tag_frequency
+from trainer.data.folders import Dataset
+from trainer.length import Length
+from trainer.optim import warmup_steps
+from trainer.paths import base_model, resolve
+from trainer.schema import Config
+from trainer.schema.rules import text_encoder_rate, unet_rate
+
+BASE_VERSIONS = {"sd1": "sd_v1"}
+ARCHITECTURES = {"sd1": "stable-diffusion-v1"}
+SAVE_DTYPES = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Description:
+    """The part of the metadata that is the same in every file of a run."""
+
+    fixed: Mapping[str, str]
+    started: float = field(default_factory=time.time)
+
+    def at(self, step: int, epoch: int, title: str) -> dict[str, str]:
+        """The metadata of a file written after `step`, without the hashes of its content."""
+        now = time.time()
+        return {
+            **self.fixed,
+            "ss_training_started_at": str(self.started),
+            "ss_training_finished_at": str(now),
+            "ss_steps": str(step),
+            "ss_epoch": str(epoch),
+            "modelspec.title": title,
+            "modelspec.date": datetime.fromtimestamp(now, UTC).replace(microsecond=0, tzinfo=None).isoformat(),
+        }
+
+
+def describe(
+    config: Config,
+    *,
+    family: str,
+    seed: int,
+    length: Length,
+    dataset: Dataset,
+    placements: Sequence[Placement],
+    repeats: Sequence[int],
+) -> Description:
+    """Everything about a run that its files should tell. `repeats`: reads an epoch of each picture."""
+    training, optim, data, captions = config.training, config.optim, config.data, config.captions
+    noise = config.objective
+    multires = noise.noise_type == "Multires" and noise.multires_iterations > 0
+    original = noise.noise_type == "Original" and noise.noise_offset > 0
+    arguments = ",".join(f"{k}={v}" for k, v in optim.arguments.items())
+    seen = {
+        reg: sum(r for p, r in zip(dataset.pictures, repeats, strict=True) if p.regularisation == reg)
+        for reg in (False, True)
+    }
+    values: dict[str, Any] = {
+        "ss_session_id": str(int.from_bytes(hashlib.blake2b(str(time.time_ns()).encode()).digest()[:4], "big")),
+        "ss_output_name": config.saving.name,
+        "ss_learning_rate": optim.learning_rate,
+        "ss_unet_lr": unet_rate(config),
+        "ss_text_encoder_lr": text_encoder_rate(config),
+        "ss_num_train_images": seen[False],
+        "ss_num_reg_images": seen[True],
+        "ss_num_batches_per_epoch": length.batches_per_epoch,
+        "ss_num_epochs": length.epochs,
+        "ss_max_train_steps": length.total_steps,
+        "ss_gradient_checkpointing": training.checkpointing,
+        "ss_gradient_accumulation_steps": training.accumulation,
+        "ss_lr_warmup_steps": warmup_steps(optim, length.total_steps),
+        "ss_lr_scheduler": optim.scheduler,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": config.network.rank,
+        "ss_network_alpha": config.network.alpha,
+        "ss_network_dropout": None,
+        "ss_mixed_precision": training.precision,
+        "ss_full_fp16": False,
+        "ss_v2": config.model.v2,
+        "ss_base_model_version": BASE_VERSIONS[family],
+        "ss_clip_skip": captions.clip_skip,
+        "ss_max_token_length": captions.max_tokens,
+        "ss_cache_latents": data.cache_latents,
+        "ss_seed": seed,
+        "ss_noise_offset": noise.noise_offset if original else None,
+        "ss_adaptive_noise_scale": noise.adaptive_noise_scale if original else None,
+        "ss_multires_noise_iterations": noise.multires_iterations if multires else None,
+        "ss_multires_noise_discount": (noise.multires_discount or 0.3) if multires else None,
+        "ss_training_comment": config.saving.comment,
+        "ss_optimizer": optim.optimizer + (f"({arguments})" if arguments else ""),
+        "ss_max_grad_norm": optim.max_grad_norm,
+        "ss_caption_dropout_rate": captions.dropout_rate,
+        "ss_caption_dropout_every_n_epochs": captions.dropout_every_n_epochs,
+        "ss_prior_loss_weight": training.prior_loss_weight,
+        "ss_min_snr_gamma": noise.min_snr_gamma or None,
+        "ss_batch_size_per_device": training.batch_size,
+        "ss_total_batch_size": training.batch_size * training.accumulation,
+        "ss_resolution": data.resolution,
+        "ss_color_aug": False,
+        "ss_flip_aug": data.flip,
+        "ss_random_crop": False,
+        "ss_shuffle_caption": captions.shuffle,
+        "ss_keep_tokens": captions.keep_tokens,
+        "ss_enable_bucket": data.buckets,
+        "ss_bucket_no_upscale": data.no_upscale,
+        "ss_min_bucket_reso": data.min_bucket_side,
+        "ss_max_bucket_reso": data.max_bucket_side,
+        "ss_tag_frequency": json.dumps(tag_frequency(dataset)),
+        "ss_bucket_info": json.dumps(_bucket_info(placements, repeats, enabled=data.buckets)),
+        "ss_dataset_dirs": json.dumps(_folders(dataset, regularisation=False)),
+        "ss_reg_dataset_dirs": json.dumps(_folders(dataset, regularisation=True)),
+        **_model("sd_model", base_model(config.model.path)),
+        **(_model("vae", resolve(config.model.vae)) if config.model.vae else {}),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{ARCHITECTURES[family]}/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.resolution": f"{data.resolution[0]}x{data.resolution[1]}",
+        "modelspec.prediction_type": "v" if config.model.v_parameterization else "epsilon",
+        "modelspec.encoder_layer": str(captions.clip_skip),
+    }
+    return Description({key: str(value) for key, value in values.items()})
+
+
+def _bucket_info(placements: Sequence[Placement], repeats: Sequence[int], *, enabled: bool) -> dict[str, Any] | None:
+    if not enabled:
+        return None
+    counts: Counter[tuple[int, int]] = Counter()
+    errors = []
+    for placement, count in zip(placements, repeats, strict=True):
+        counts[placement.bucket] += count
+        wide, bucket = (side[0] / side[1] for side in (placement.resized, placement.bucket))
+        errors.append(abs(wide - bucket))
+    buckets = {str(i): {"resolution": size, "count": n} for i, (size, n) in enumerate(sorted(counts.items()))}
+    return {"buckets": buckets, "mean_img_ar_error": sum(errors) / max(1, len(errors))}
+
+
+def _folders(dataset: Dataset, *, regularisation: bool) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for picture in dataset.pictures:
+        if picture.regularisation == regularisation:
+            entry = found.setdefault(picture.folder, {"n_repeats": picture.repeats, "img_count": 0})
+            entry["img_count"] += 1
+    return found
+
+
+def _model(which: str, path: Path) -> dict[str, str]:
+    """Name and hashes of a model file; a folder has a name only."""
+    name = {f"ss_{which}_name": path.name}
+    if not path.is_file():
+        return name
+    with path.open("rb") as file:
+        whole = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0x100000)
+        short = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+    new = "ss_new_sd_model_hash" if which == "sd_model" else "ss_new_vae_hash"
+    return {**name, f"ss_{which}_hash": short, new: whole}

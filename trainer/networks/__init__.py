@@ -1,0 +1,124 @@
+"""Networks that are trained on top of a frozen model, one file an algorithm.
+
+An algorithm's file says which controls it uses (`USES`) and builds one layer's module
+(`module_for`). `Network` is what they share: the walk over the model's layers, kohya's names,
+attaching, and the groups for the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from trainer.errors import ModelError
+from trainer.networks import standard
+
+PREFIXES = {"text_encoder": "lora_te_", "unet": "lora_unet_"}
+
+
+class LoRAModule(Protocol):
+    """One layer's addition: forward(x) is the frozen layer's output plus the update's."""
+
+    multiplier: float
+    alpha: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class Network(torch.nn.Module):
+    """The trained modules, by kohya's name; part of the model while attached.
+
+    `parts` tells to which part of the model ("unet", "text_encoder") each belongs.
+    """
+
+    def __init__(self, modules: Mapping[str, torch.nn.Module], parts: Mapping[str, str], layers: Mapping[str, Any]):
+        super().__init__()
+        self.layers = torch.nn.ModuleDict(modules)
+        self.part_of = dict(parts)
+        self._frozen = dict(layers)
+
+    def attach(self) -> None:
+        """From now on the model's layers answer with their update added."""
+        for name, layer in self._frozen.items():
+            layer.forward = self.layers[name].forward
+
+    def detach(self) -> None:
+        """The model is the base model again."""
+        for layer in self._frozen.values():
+            del layer.forward
+
+    @contextmanager
+    def strength(self, multiplier: float) -> Iterator[None]:
+        """Scale the update inside a with block; 0 switches it off without a trace."""
+        before = {name: module.multiplier for name, module in self.layers.items()}
+        for module in self.layers.values():
+            module.multiplier = multiplier  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for name, module in self.layers.items():
+                module.multiplier = before[name]
+
+    def parameters_of(self, part: str) -> list[torch.nn.Parameter]:
+        """The trained tensors that belong to one part of the model."""
+        return [p for name, module in self.layers.items() if self.part_of[name] == part for p in module.parameters()]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the LoRA file holds: kohya's names → tensors, on their device, as trained."""
+        return {
+            f"{name}.{key}": tensor.detach()
+            for name, module in self.layers.items()
+            for key, tensor in module.state_dict().items()
+        }
+
+    def read(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over a LoRA file's weights. Raises ModelError where the two do not fit."""
+        own = self.tensors()
+        missing = sorted(set(own) - set(tensors))
+        extra = sorted(set(tensors) - set(own))
+        if missing or extra:
+            raise ModelError(
+                f"LoRA network weights: {len(missing)} tensors of this network are not in the file"
+                f"{f' (the first: {missing[0]})' if missing else ''}, and {len(extra)} of the file have no place here"
+                f"{f' (the first: {extra[0]})' if extra else ''}.",
+                "The file was made with other settings: train the same parts (U-Net, text encoder) as it holds.",
+            )
+        for name, tensor in tensors.items():
+            if own[name].shape != tensor.shape:
+                raise ModelError(
+                    f"LoRA network weights: {name} has the shape {list(tensor.shape)}, "
+                    f"this network has {list(own[name].shape)}.",
+                    "Set Network Rank to the file's, or tick DIM from weights.",
+                )
+            own[name].copy_(tensor)
+        for module in self.layers.values():
+            module.alpha_changed()  # type: ignore[operator]
+
+
+def build(
+    targets: Mapping[str, tuple[str, torch.nn.Module]],
+    parts: set[str],
+    rank: int,
+    alpha: float,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Network:
+    """A network on all target layers of the wanted parts.
+
+    `targets`: kohya's name → (part, layer). With `weights`, rank and alpha of each layer come
+    from that file, and layers that it does not hold get no module (DIM from weights).
+    """
+    modules: dict[str, torch.nn.Module] = {}
+    for name, (part, layer) in targets.items():
+        if part not in parts:
+            continue
+        layer_rank, layer_alpha = rank, alpha
+        if weights is not None:
+            if f"{name}.lora_down.weight" not in weights:
+                continue
+            layer_rank = weights[f"{name}.lora_down.weight"].shape[0]
+            layer_alpha = float(weights.get(f"{name}.alpha", torch.tensor(layer_rank)))
+        modules[name] = standard.module_for(layer, layer_rank, layer_alpha)
+    return Network(modules, {n: targets[n][0] for n in modules}, {n: targets[n][1] for n in modules})

@@ -1,0 +1,95 @@
+"""Sample pictures: diffusers' samplers over the model as it is being trained."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+
+from trainer.models import Schedule
+from trainer.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Row:
+    """A diffusers scheduler class and how it is set up."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+_ROWS = {
+    "ddim": Row("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    "pndm": Row("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
+    "lms": Row("LMSDiscreteScheduler"),
+    "euler": Row("EulerDiscreteScheduler"),
+    "euler_a": Row("EulerAncestralDiscreteScheduler"),
+    "heun": Row("HeunDiscreteScheduler"),
+    "dpm_2": Row("KDPM2DiscreteScheduler"),
+    "dpm_2_a": Row("KDPM2AncestralDiscreteScheduler"),
+    "dpmsolver": Row("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpmsolver++": Row("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": Row("DPMSolverSinglestepScheduler", {"lower_order_final": True}),
+}
+SAMPLERS = _ROWS | {f"k_{name}": _ROWS[name] for name in ("lms", "euler", "euler_a", "dpm_2", "dpm_2_a")}
+
+
+def make_sampler(name: str, schedule: Schedule) -> Any:
+    """A fresh diffusers scheduler for a web UI's sampler name, on the base model's noise schedule."""
+    row = SAMPLERS[name]
+    module = importlib.import_module("diffusers")
+    return getattr(module, row.name)(**schedule.config, **row.settings)
+
+
+@torch.no_grad()
+def draw(model: Any, prompt: Prompt, sampler: str, size: tuple[int, int], seed: int) -> Image.Image:
+    """One picture of `prompt`, (width, height) pixels, with classifier-free guidance.
+
+    Randomness comes from `seed` alone and is drawn on the CPU, so that devices agree.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scheduler = make_sampler(sampler, model.schedule)
+    scheduler.set_timesteps(prompt.steps, device=model.device)
+    width, height = size
+    cell = model.pixels_per_latent
+    latents = torch.randn((1, 4, height // cell, width // cell), generator=generator).to(model.device)
+    latents = latents * scheduler.init_noise_sigma
+    guided = prompt.cfg_scale != 1.0
+    texts = [prompt.negative, prompt.prompt] if guided else [prompt.prompt]
+    states = model.text_states(model.tokens(texts))
+    extra = {"generator": generator} if _takes_generator(scheduler) else {}
+    for t in scheduler.timesteps:
+        noisy = scheduler.scale_model_input(latents, t).expand(len(texts), -1, -1, -1)
+        answer = model.predict(noisy, t, states)
+        if guided:
+            without, with_prompt = answer.chunk(2)
+            answer = without + prompt.cfg_scale * (with_prompt - without)
+        latents = scheduler.step(answer, t, latents, return_dict=False, **extra)[0]
+    return to_image(model.decode(latents)[0])
+
+
+def _takes_generator(scheduler: Any) -> bool:
+    return "generator" in scheduler.step.__code__.co_varnames
+
+
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    """[3,H,W] in −1…1 as a picture. Raises ValueError where a value is not a number."""
+    if not torch.isfinite(pixels).all():
+        raise ValueError("the picture holds values that are not numbers")
+    array = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def save_png(image: Image.Image, path: Path, parameters: str) -> None:
+    """Write a picture whole, with its prompt and settings inside, where the web UIs look for them."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parameters", parameters)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, format="PNG", pnginfo=info)
+    temporary.replace(path)
