@@ -1,0 +1,173 @@
+"""The pictures the embedded base model learns from: icon sets of the npm registry, rendered on white.
+
+A *style* is one icon set, a *concept* a picture name that every set has. The caption grammar is
+``style, concept`` (``flat, red apple``), at times with keywords behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+SIZE = 128
+
+STYLES = {
+    "cartoon": "@iconify-json/noto",
+    "retro": "@iconify-json/noto-v1",
+    "glossy": "@iconify-json/fluent-emoji",
+    "flat": "@iconify-json/fluent-emoji-flat",
+}
+"""Style word in a caption → the package whose pictures have that style."""
+
+UNSEEN_STYLE = ("linocut", "@iconify-json/fluent-emoji-high-contrast")
+"""The style that the demo teaches: no picture of it is in the base model's training set."""
+
+PACKAGES = {
+    "@iconify-json/noto": "1.2.9",
+    "@iconify-json/noto-v1": "1.2.5",
+    "@iconify-json/fluent-emoji": "1.2.7",
+    "@iconify-json/fluent-emoji-flat": "1.2.6",
+    "@iconify-json/fluent-emoji-high-contrast": "1.2.6",
+    "emojilib": "4.0.3",
+}
+
+# Names that a person says at once. `icon=words` where Unicode's name is not what one would say.
+_CONCEPTS = """
+bat bear bird butterfly cat-face=cat chicken cow-face=cow crab dog-face=dog dolphin duck elephant fish fox
+frog honeybee=bee horse-face=horse lady-beetle=ladybug lion monkey-face=monkey mouse-face=mouse octopus owl
+panda penguin pig-face=pig rabbit-face=rabbit shark snail snake spider spouting-whale=whale tiger-face=tiger
+tropical-fish turtle unicorn
+
+banana bread birthday-cake carrot cheese-wedge=cheese cherries cookie doughnut ear-of-corn=corn
+cooking=fried-egg eggplant french-fries grapes green-apple red-apple hamburger hot-dog ice-cream lemon
+lollipop mushroom peach pear pineapple pizza strawberry tangerine=orange tomato watermelon beer-mug=beer
+cocktail-glass=cocktail hot-beverage=coffee wine-glass=wine
+
+cactus christmas-tree palm-tree four-leaf-clover=clover maple-leaf rose sunflower tulip
+
+airplane automobile=car bicycle bus helicopter motorcycle rocket sailboat
+
+castle house volcano mount-fuji=mountain rainbow sun cloud crescent-moon=moon snowflake snowman star tornado
+fire droplet=drop globe-showing-europe-africa=globe high-voltage=lightning umbrella
+
+alarm-clock anchor backpack balloon basketball bell bomb closed-book=book broken-heart camera candle crown
+gem-stone=diamond door envelope game-die=dice gear glasses guitar hammer headphone=headphones
+high-heeled-shoe=high-heel hourglass-done=hourglass key kitchen-knife=knife laptop light-bulb locked=lock
+magnifying-glass-tilted-left=magnifying-glass mobile-phone=phone musical-note pencil red-heart=heart ring
+robot scissors skull soccer-ball sunglasses t-shirt television top-hat trophy trumpet watch wrapped-gift=gift
+jack-o-lantern=pumpkin yin-yang
+
+alien baby clown-face=clown ghost santa-claus grinning-face=smile smiling-face-with-sunglasses=cool-face
+smiling-face-with-heart-eyes=love-face loudly-crying-face=crying-face thumbs-up victory-hand=peace-sign eye
+pile-of-poo=poo
+"""
+
+# Pictures that only the autoencoder sees, so that it does not learn the others by heart.
+_OTHERS = """
+crocodile deer gorilla koala lizard shrimp turkey wolf spiral-shell=shell ant dragon-face=dragon bacon candy
+chocolate-bar=chocolate croissant cucumber hot-pepper=pepper kiwi-fruit=kiwi meat-on-bone=meat sushi pancakes
+bottle-with-popping-cork=champagne baby-bottle glass-of-milk=milk avocado popcorn cherry-blossom
+evergreen-tree=fir-tree hibiscus seedling canoe fire-engine motor-scooter=scooter taxi tractor
+tokyo-tower=tower desert-island=island church ferris-wheel tent bow-and-arrow floppy-disk fork-and-knife
+graduation-cap megaphone necktie pill microphone running-shoe=shoe shield telephone toilet volleyball violin
+vertical-traffic-light=traffic-light wrench drum crystal-ball desktop-computer=computer electric-plug=plug
+paintbrush spoon bed stop-sign alien-monster=space-invader angry-face sleeping-face mouth ear
+"""
+
+
+@dataclass(frozen=True)
+class Concept:
+    icon: str
+    """Name of the picture in every icon set: ``cat-face``."""
+    name: str
+    """What a caption calls it: ``cat``."""
+
+
+def _concept(word: str) -> Concept:
+    icon, _, name = word.partition("=")
+    return Concept(icon, (name or icon).replace("-", " "))
+
+
+CONCEPTS = tuple(_concept(word) for word in _CONCEPTS.split())
+"""What the base model can be asked to draw."""
+
+OTHERS = tuple(_concept(word) for word in _OTHERS.split())
+
+
+def fetch_packages(folder: Path) -> None:
+    """Bring the icon packages from the npm registry into `folder`, each in the version named above."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, version in PACKAGES.items():
+        if package_folder(folder, name).exists():
+            continue
+        packed = subprocess.run(
+            ["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, check=True, capture_output=True, text=True
+        )
+        with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
+            archive.extractall(package_folder(folder, name), filter="data")
+
+
+def package_folder(folder: Path, name: str) -> Path:
+    return folder / name.replace("/", "__")
+
+
+class IconSet:
+    """One Iconify package: its names, and each picture rendered on white."""
+
+    def __init__(self, packages: Path, name: str):
+        content = (package_folder(packages, name) / "package" / "icons.json").read_text(encoding="utf-8")
+        self.content = json.loads(content)
+        self.names = frozenset(self.content["icons"])
+
+    def svg(self, icon: str) -> str:
+        entry = self.content["icons"][icon]
+        left, top, width, height = (
+            entry.get(key, self.content.get(key, default))
+            for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+        )
+        return (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{left} {top} {width} {height}">{entry["body"]}</svg>'
+        )
+
+    def picture(self, icon: str, size: int = SIZE) -> Image.Image:
+        """The icon as an RGB picture of `size`×`size` pixels on white."""
+        import io
+
+        import resvg_py
+
+        # resvg draws without a smoothing step of its own between pixels: twice the size, then down.
+        png = resvg_py.svg_to_bytes(
+            svg_string=self.svg(icon), width=2 * size, height=2 * size, background="white"
+        )
+        return Image.open(io.BytesIO(bytes(png))).convert("RGB").resize((size, size), Image.Resampling.BOX)
+
+
+def read_keywords(packages: Path) -> dict[str, list[str]]:
+    """Concept's icon name → words that go with it, from emojilib."""
+    path = package_folder(packages, "emojilib") / "package" / "dist" / "emoji-en-US.json"
+    by_name = {words[0]: words[1:] for words in json.loads(path.read_text(encoding="utf-8")).values()}
+    plain = re.compile(r"[a-z]{3,12}")
+    return {
+        concept.icon: [word for word in by_name.get(concept.icon.replace("-", "_"), []) if plain.fullmatch(word)]
+        for concept in CONCEPTS
+    }
+
+
+def caption(style: str, concept: str) -> str:
+    return f"{style}, {concept}"
+
+
+def varied_caption(style: str, concept: Concept, keywords: list[str], rng: random.Random) -> str:
+    """A training caption: now and then without the style, now and then with keywords behind."""
+    words = [concept.name] if rng.random() < 0.08 else [style, concept.name]
+    if keywords and rng.random() < 0.15:
+        words += rng.sample(keywords, min(len(keywords), rng.randint(1, 2)))
+    return ", ".join(words)
