@@ -18,7 +18,7 @@ TXT = Captions(extension=".txt")
 
 
 @pytest.fixture(scope="session")
-def photographs(tmp_path_factory):
+def jpegs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photographs")
     for name in ("astronaut", "chelsea", "coffee", "rocket"):
         Image.fromarray(getattr(data, name)()).save(folder / f"{name}.jpg")
@@ -26,13 +26,13 @@ def photographs(tmp_path_factory):
 
 
 @pytest.fixture
-def put(tmp_path, photographs):
+def put(tmp_path, jpegs):
     """put("10_cat/a.png", caption="…") puts a photograph there, with a caption file if given."""
 
     def put(place, caption=None, of="coffee", suffix=".txt"):
         path = tmp_path / place
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(photographs / f"{of}.jpg", path)
+        shutil.copy(jpegs / f"{of}.jpg", path)
         if caption is not None:
             path.with_suffix(suffix).write_text(caption, encoding="utf-8")
         return path

@@ -317,8 +317,11 @@ def _pictures(folder: _Folder, suffix: str, deadline: float) -> list[Picture]:
         return Picture(path, caption, group.repeats, size, group.path.name, group.regularisation, group.class_tokens)
 
     unreadable: list[DataError] = []
-    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4)) as pool:
-        results = list(pool.map(look, jobs, chunksize=1))
+    threads = min(16, (os.cpu_count() or 1) + 4)
+    share = min(64, len(jobs) // (8 * threads) + 1)  # one job a task would cost more than reading a header
+    shares = [jobs[i : i + share] for i in range(0, len(jobs), share)]
+    with ThreadPoolExecutor(threads) as pool:
+        results = [result for part in pool.map(lambda part: [look(job) for job in part], shares) for result in part]
     damaged = [r for r in results if isinstance(r, DataError)]
     if damaged:
         folder.problem(
