@@ -1,0 +1,137 @@
+"""Serve the page: python app.py. Flags as in kohya_ss; by default only this machine can reach it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TRAINER = (sys.executable, "-m", "trainer")
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python app.py", description="Lorawright: train LoRAs in the browser.")
+    parser.add_argument(
+        "--listen", metavar="ADDRESS", default="127.0.0.1", help="address to serve at (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--server_port", type=int, default=0, metavar="PORT", help="default: the first free one from 7860"
+    )
+    parser.add_argument("--share", action="store_true", help="make a public link; needs --password")
+    parser.add_argument("--username", default="me", help="for the login (default: %(default)s)")
+    parser.add_argument("--password", help="ask for this password; needed beyond this machine")
+    parser.add_argument("--inbrowser", action="store_true", help="open the page in a browser")
+    parser.add_argument("--headless", action="store_true", help="no browser on this machine; goes before --inbrowser")
+    parser.add_argument(
+        "--root_path", metavar="PATH", help="where a reverse proxy serves the page: /lora or a whole address"
+    )
+    parser.add_argument(
+        "--trusted_host", metavar="NAME", action="append", default=[], help="another name of this page, behind a proxy"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=HERE / "runs", metavar="FOLDER", help="where runs are kept (default: runs/)"
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a folder the page may list (default: home, this one)",
+    )
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> int:
+    """Serve until Ctrl+C. Returns the exit code. `trainer` is the command that checks and trains."""
+    given = arguments(words)
+    from gui import guard
+
+    try:
+        guard.require_password(given.listen, given.share, given.password)
+    except guard.Refused as refusal:
+        print(refusal, file=sys.stderr)
+        return 2
+    try:
+        given.runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f'"{given.runs}" cannot be made: {error.strerror}. Name another folder with --runs.', file=sys.stderr)
+        return 2
+
+    from starlette.middleware import Middleware
+
+    from gui import page
+    from gui.files import Roots
+    from gui.presets import Presets
+    from gui.runs import Runs
+
+    runs = given.runs.resolve()
+    allowed: list[str] = []
+
+    def allow(path: Path) -> None:
+        if str(path) not in allowed:
+            allowed.append(str(path))
+
+    desk = page.Desk(
+        runs=Runs(runs, HERE, trainer),
+        presets=Presets(HERE / "presets", runs / "presets"),
+        roots=Roots(given.root or [Path.home(), HERE, Path.cwd(), runs]),
+        allow=allow,
+    )
+    root_host = given.root_path.split("//", 1)[1].split("/")[0] if given.root_path and "//" in given.root_path else ""
+    hosts = guard.Hosts([*given.trusted_host, root_host], password=bool(given.password))
+    blocks = page.build(desk)
+    try:
+        _, local, shared = blocks.launch(
+            server_name=given.listen,
+            server_port=given.server_port or None,
+            share=given.share,
+            inbrowser=given.inbrowser and not given.headless,
+            auth=(given.username, given.password) if given.password else None,
+            root_path=given.root_path,
+            theme=page.theme(),
+            head=page.style(),
+            allowed_paths=allowed,
+            app_kwargs={"middleware": [Middleware(guard.Guard, hosts=hosts)]},
+            max_file_size="1mb",
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        print(f"The page cannot be served: {error}", file=sys.stderr)
+        return 1
+    # launch() replaces an empty list by one of its own.
+    blocks.allowed_paths = allowed
+    print(f"Lorawright is at {local}", flush=True)
+    if given.share:
+        _tell_share(shared, hosts, blocks.server_port)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        active = desk.runs.active()
+        print("\nThe page is closed." + (f" {active.folder.name} goes on training." if active else ""))
+    blocks.close(verbose=False)
+    return 0
+
+
+def _tell_share(shared: str | None, hosts: object, port: int) -> None:
+    if shared:
+        hosts.trust(shared.split("//")[1])  # type: ignore[attr-defined]
+        print(f"Shared at {shared} (for a week at most; needs the password)", flush=True)
+        return
+    print(
+        "No share link could be had (no way out to its server). From the other machine, this works instead:\n"
+        f"  ssh -L {port}:127.0.0.1:{port} USER@THIS_MACHINE\nthen open http://127.0.0.1:{port} there.",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Who may talk to the page: a password beyond this machine, known hosts, no orders from other pages."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+import socket
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class Refused(Exception):
+    """The page will not be served this way; the message says what to do instead."""
+
+
+def require_password(listen: str, share: bool, password: str | None, command: str = "python app.py") -> None:
+    """Raises Refused when others could reach the page and no password is set.
+
+    The message holds a command, with a new password in it, that can be pasted.
+    """
+    if password or (is_loopback(listen) and not share):
+        return
+    reach = "A share link can be opened by anyone" if share else f"{listen} can be reached from other machines"
+    flags = (f" --listen {listen}" if listen not in ("", "127.0.0.1") else "") + (" --share" if share else "")
+    raise Refused(
+        f"{reach}, so a password is needed. For instance:\n"
+        f"  {command}{flags} --username me --password {secrets.token_urlsafe(12)}"
+    )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach what listens there. Names other than localhost count as outside."""
+    if address in ("", *LOOPBACK):
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def host_of(netloc: str) -> str:
+    """ "example.com:7860" → "example.com", "[::1]:7860" → "::1"; "" when it cannot be one."""
+    try:
+        return (urlsplit(f"//{netloc}").hostname or "").rstrip(".")
+    except ValueError:
+        return ""
+
+
+class Hosts:
+    """The names under which the page may be asked for.
+
+    Without a password only this machine's own names and addresses are: a web page elsewhere can point
+    a name of its own at 127.0.0.1 and would then be talking to us (DNS rebinding). An address cannot
+    be pointed elsewhere. With a password such a page meets the login, since cookies go by name.
+    """
+
+    def __init__(self, names: Iterable[str], password: bool) -> None:
+        self.trusted = {host_of(name) for name in names if host_of(name)}
+        self.own = {*LOOPBACK, socket.gethostname().lower()}
+        self.password = password
+
+    def trust(self, name: str) -> None:
+        self.trusted.add(host_of(name))
+
+    def known(self, netloc: str) -> bool:
+        host = host_of(netloc)
+        if not host:
+            return False
+        if host in self.own or host in self.trusted or self.password:
+            return True
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return False
+        return True
+
+
+class Guard:
+    """Refuses unknown hosts, and orders (anything but reading) that come from another site's page."""
+
+    def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
+        self.app = app
+        self.hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            refusal = self.refusal(scope.get("method", "GET"), headers, scope["type"])
+            if refusal:
+                if scope["type"] == "websocket":
+                    await send({"type": "websocket.close", "code": 1008})
+                else:
+                    await PlainTextResponse(refusal, 403)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def refusal(self, method: str, headers: dict[str, str], kind: str = "http") -> str:
+        """Why a request is refused; "" when it is welcome. Header names are in lower case."""
+        host = headers.get("host", "")
+        if not self.hosts.known(host):
+            return f'"{host}" is not a name of this page. If it should be, start with --trusted_host {host_of(host)}.'
+        if method in SAFE_METHODS and kind == "http":
+            return ""
+        origin = headers.get("origin")
+        if origin is None:
+            return ""
+        theirs = urlsplit(origin).netloc.lower()
+        if theirs and (theirs == host.lower() or theirs == headers.get("x-forwarded-host", "").lower()):
+            return ""
+        if host_of(theirs) in self.hosts.trusted:
+            return ""
+        return f'A page at "{origin}" may not give orders to this one.'

@@ -1,0 +1,135 @@
+"""What the live panel asks for once a second: a run's state, and whatever is new since last time.
+
+The page sends byte offsets and gets back what lies behind them, so that an answer stays small
+however long a run is.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gui import runs
+from trainer import events
+from trainer.run import Run
+
+LOG_BYTES = 65536
+MOST_POINTS = 1000
+MOST_EVENTS = 4000
+
+
+def poll(found: runs.Runs, ask: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer to {"run": the one shown, "follow": the one wanted, "events": offset, "log": offset}.
+
+    "follow": "" wants the newest. An offset of 0 starts anew; the log then starts with its last
+    64 kB. When `run` in the answer is another than the one shown, the offsets were taken as 0.
+    """
+    run = found.find(str(ask.get("follow") or "")) or found.find("")
+    if run is None:
+        return {"run": None, "now": time.time()}
+    same = run.folder.name == ask.get("run")
+    answer: dict[str, Any] = {"run": run.folder.name, "now": time.time()}
+    answer.update(_news(run, int(ask.get("events") or 0) if same else 0))
+    answer.update(log_from(run.log, int(ask.get("log") or 0) if same else 0))
+    tail = runs.last_events(run)
+    answer["state"] = runs.state(run, tail)
+    answer["stop_asked"] = runs.stop_asked(run)
+    answer["last_event"] = tail[-1]["time"] if tail else _began(run)
+    if answer["state"] == "crashed":
+        failed = next((event for event in reversed(tail) if event["type"] == "failed"), None)
+        answer["cause"] = asdict(runs.cause(run, failed))
+    return answer
+
+
+def _began(run: Run) -> float:
+    return run.config.stat().st_mtime if run.config.exists() else run.folder.stat().st_mtime
+
+
+def _news(run: Run, offset: int) -> dict[str, Any]:
+    """What happened behind a byte offset: points of the loss as (step, loss, U-Net's rate, text encoder's rate)."""
+    news: dict[str, Any] = {"from": offset, "points": [], "samples": [], "saved": [], "warnings": [], "more": False}
+    try:
+        if offset > run.events.stat().st_size:
+            news["from"] = offset = 0
+        for count, (event, behind) in enumerate(events.read(run.events, offset), 1):
+            _sort_in(event, news, run)
+            offset = behind
+            if len(news["points"]) >= MOST_POINTS or count >= MOST_EVENTS:
+                news["more"] = True
+                break
+    except FileNotFoundError:
+        news["from"] = offset = 0
+    news["events"] = offset
+    return news
+
+
+def _sort_in(event: Mapping[str, Any], news: dict[str, Any], run: Run) -> None:
+    kind = event["type"]
+    if kind == "step":
+        news["points"].append([event["step"], event["loss"], event["unet_lr"], event["text_encoder_lr"]])
+        news["step"] = event
+    elif kind == "sample":
+        path = run.folder / event["path"]
+        if _inside(path, run.samples):
+            news["samples"].append({**event, "path": str(path)})
+    elif kind == "saved":
+        news["saved"].append({**event, "path": str(run.folder / event["path"])})
+    elif kind == "warning":
+        news["warnings"].append(event)
+    elif kind in ("started", "phase", "failed", "ended"):
+        news[kind] = event
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return folder.resolve() in path.resolve().parents
+
+
+def log_from(path: Path, offset: int) -> dict[str, Any]:
+    """At most 64 kB of the log behind a byte offset, cut where neither a line nor a character breaks in two."""
+    try:
+        size = path.stat().st_size
+        fresh = offset <= 0 or offset > size
+        if fresh:
+            offset = max(0, size - LOG_BYTES)
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(LOG_BYTES)
+    except FileNotFoundError:
+        return {"log": 0, "text": "", "log_from": 0, "log_size": 0}
+    if fresh and offset > 0:
+        cut = data.find(b"\n") + 1
+        data, offset = data[cut:], offset + cut
+    whole = len(data) - _broken_tail(data)
+    return {
+        "log": offset + whole,
+        "text": data[:whole].decode("utf-8", "replace"),
+        "log_from": offset,
+        "log_size": size,
+    }
+
+
+def _broken_tail(data: bytes) -> int:
+    """How many bytes at the end belong to a character that is not yet whole."""
+    for back in range(1, min(4, len(data)) + 1):
+        byte = data[-back]
+        if byte < 0x80:
+            return 0
+        if byte >= 0xC0:
+            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return back if back < length else 0
+    return 0
+
+
+def downloads(run: Run) -> dict[str, Path]:
+    """What of a run may be fetched: its log, its settings and the LoRA files that it saved, by name."""
+    files = {"log.txt": run.log, "config.json": run.config}
+    if run.events.exists():
+        for event, _ in events.read(run.events):
+            if event["type"] == "saved" and event["what"] != "state":
+                path = run.folder / str(event["path"])
+                files[path.name] = path
+    return {name: path for name, path in files.items() if path.is_file() and os.access(path, os.R_OK)}

@@ -1,0 +1,292 @@
+"""The page: its layout, and what its script may ask of the server."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr
+
+from gui import form, live
+from gui.files import Roots
+from gui.presets import Presets
+from gui.runs import Busy, Runs, kill
+from trainer import kohya
+from trainer.errors import ConfigError, Problem
+from trainer.run import REQUESTS, Run
+from trainer.schema import PARAMETERS, Section
+
+STATIC = Path(__file__).parent / "static"
+SCRIPTS = ("dom", "banner", "form", "files", "chart", "log", "samples", "live", "bar", "lists", "begin")
+PARAMETER_TABS = ("Basic", "Advanced")
+MOST_RUNS = 100
+
+Answer = dict[str, Any]
+Ask = Mapping[str, Any]
+
+
+@dataclass
+class Desk:
+    """Everything that the page works on. `allow` lets a file or folder be fetched by the browser."""
+
+    runs: Runs
+    presets: Presets
+    roots: Roots
+    allow: Callable[[Path], None]
+
+    @property
+    def draft(self) -> Path:
+        return self.runs.folder / "draft.json"
+
+    def hello(self, ask: Ask) -> Answer:
+        """What the page needs to begin: the parameters, the shelf, and the form as it was left."""
+        try:
+            preset = kohya.load(self.draft) if self.draft.exists() else kohya.Preset({})
+        except ConfigError:
+            # A draft that cannot be read (the disk was full) is no reason to show no page.
+            preset = kohya.Preset({})
+        return {
+            "table": form.table(),
+            "presets": self.presets.ids(),
+            "models": self.roots.models(),
+            "draft": _as_form(preset),
+        }
+
+    def draft_saved(self, ask: Ask) -> Answer:
+        """Keep the form as it stands; tells what the schema finds wrong with it."""
+        values = form.read(ask["entries"])
+        kohya.save(self.draft, values, ask["kept"])
+        return {"problems": [asdict(problem) for problem in form.problems(values)]}
+
+    def load(self, ask: Ask) -> Answer:
+        try:
+            return _as_form(self.presets.load(str(ask["id"])))
+        except ConfigError as error:
+            return {"problems": [asdict(problem) for problem in error.problems]}
+
+    def parse(self, ask: Ask) -> Answer:
+        """A preset given as JSON text. What is no JSON is told with its line."""
+        try:
+            flat = json.loads(ask["text"])
+        except ValueError as error:
+            line = getattr(error, "lineno", 0)
+            message = f"Line {line}: {getattr(error, 'msg', error)}."
+            return {"problems": [asdict(Problem("", "JSON", message))], "line": line}
+        if not isinstance(flat, dict):
+            return {"problems": [asdict(Problem("", "JSON", 'It must be an object: {"key": value, …}.'))], "line": 1}
+        return _as_form(kohya.read(flat))
+
+    def flat(self, ask: Ask) -> Answer:
+        """The form as the JSON of a preset."""
+        flat = {**ask["kept"], **form.read(ask["entries"])}
+        flat = {key: value for key, value in flat.items() if key not in kohya.SECRET}
+        return {"text": json.dumps(flat, indent=2, ensure_ascii=False)}
+
+    def save(self, ask: Ask) -> Answer:
+        try:
+            name = str(ask["name"]).strip().removesuffix(".json")
+            if not ask.get("replace") and self.presets.taken(name):
+                return {"exists": True}
+            saved = self.presets.save(name, form.read(ask["entries"]), ask["kept"])
+        except ConfigError as error:
+            return {"problems": [asdict(problem) for problem in error.problems]}
+        return {"id": saved, "path": str(self.presets.path(saved)), "presets": self.presets.ids()}
+
+    def check(self, ask: Ask) -> Answer:
+        found = self.runs.check(form.read(ask["entries"]), ask["kept"])
+        return {**found, "outline": outline(found.get("summary") or {})}
+
+    def start(self, ask: Ask) -> Answer:
+        """Check, and start when nothing stands in the way: `run` is then in the answer."""
+        active = self.runs.active()
+        if active is not None:
+            return _busy(f"{active.folder.name} is still going on. Stop it first, or wait for its end.")
+        answer = self.check(ask)
+        if any(problem["severity"] == "error" for problem in answer["problems"]):
+            return answer
+        try:
+            run = self.runs.start(form.read(ask["entries"]), ask["kept"])
+        except Busy as error:
+            return _busy(str(error))
+        except OSError as error:
+            place = error.filename or self.runs.folder
+            message = f'"{place}" cannot be written: {error.strerror}. Start the page with --runs FOLDER elsewhere.'
+            return {**answer, "problems": [asdict(Problem("", "Runs folder", message))]}
+        return {**answer, "run": run.folder.name}
+
+    def poll(self, ask: Ask) -> Answer:
+        answer = live.poll(self.runs, ask)
+        if answer.get("samples"):
+            self.allow(self.runs.folder / answer["run"] / "samples")
+        return answer
+
+    def control(self, ask: Ask) -> Answer:
+        """Hand a request to a run's trainer; `kill` ends it."""
+        run = self._run(ask)
+        if run is None:
+            return {"done": False}
+        if ask["word"] == "kill":
+            kill(run)
+        elif ask["word"] in REQUESTS:
+            run.request(ask["word"])
+        return {"done": True}
+
+    def list_runs(self, ask: Ask) -> Answer:
+        ids = self.runs.ids()
+        return {
+            "runs": [self.runs.summary(run_id) for run_id in ids[:MOST_RUNS]],
+            "more": max(0, len(ids) - MOST_RUNS),
+        }
+
+    def download(self, ask: Ask) -> Answer:
+        """Let the browser fetch one file of a run; its path is in the answer."""
+        run = self._run(ask)
+        path = live.downloads(run).get(str(ask["name"])) if run else None
+        if path is None:
+            return {"path": None}
+        self.allow(path)
+        return {"path": str(path)}
+
+    def listing(self, ask: Ask) -> Answer:
+        return self.roots.listing(str(ask["path"]), bool(ask["files"]))
+
+    def _run(self, ask: Ask) -> Run | None:
+        return self.runs.find(str(ask["run"])) if ask.get("run") else None
+
+    def functions(self) -> list[Callable[[Ask], Answer]]:
+        """What the script may call, under the names it calls them by."""
+        offered = {
+            "hello": self.hello,
+            "draft": self.draft_saved,
+            "load": self.load,
+            "parse": self.parse,
+            "flat": self.flat,
+            "save": self.save,
+            "check": self.check,
+            "start": self.start,
+            "poll": self.poll,
+            "control": self.control,
+            "runs": self.list_runs,
+            "download": self.download,
+            "listing": self.listing,
+        }
+        return [_named(name, function) for name, function in offered.items()]
+
+
+def _named(name: str, function: Callable[[Ask], Answer]) -> Callable[[Ask], Answer]:
+    # Gradio takes the name from the function and sets attributes on it, which a method refuses.
+    def call(ask: Ask) -> Answer:
+        return function(ask)
+
+    call.__name__ = name
+    return call
+
+
+def _busy(message: str) -> Answer:
+    return {"problems": [asdict(Problem("", "A run is going on", message))], "notes": [], "summary": {}, "outline": ""}
+
+
+def _as_form(preset: kohya.Preset) -> Answer:
+    """A preset as the form shows it, with what became of its keys and what the schema finds wrong."""
+    problems = form.problems(preset.values)
+    switches = {p.key for p in problems if p.key in PARAMETERS and PARAMETERS[p.key].kind == "switch"}
+    return {
+        "entries": form.fill(preset.values),
+        "kept": preset.kept,
+        "notes": [asdict(note) for note in preset.notes],
+        "problems": [
+            {**asdict(p), "message": p.message + (" The default is shown." if p.key in switches else "")}
+            for p in problems
+        ],
+        "description": preset.description,
+    }
+
+
+def outline(summary: Mapping[str, Any]) -> str:
+    """What would be trained, in one line."""
+    parts = []
+    if summary.get("images"):
+        parts.append(f"{summary['images']} images in {len(summary.get('buckets') or ())} sizes")
+    if summary.get("repeats"):
+        parts.append(f"{summary['repeats']} seen in an epoch")
+    if summary.get("total_steps"):
+        parts.append(f"{summary['total_steps']} steps in {summary.get('epochs')} epochs")
+    if summary.get("family"):
+        parts.append(str(summary["family"]))
+    return " · ".join(parts) + "." if parts else ""
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's base theme, denser, with the system's own fonts: nothing is fetched from elsewhere."""
+    return gr.themes.Base(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        text_size="sm",
+        spacing_size="sm",
+        radius_size="md",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+
+
+def style() -> str:
+    """The style sheet, for the page's head: Gradio rewrites what is given as css."""
+    return f"<style>\n{(STATIC / 'page.css').read_text(encoding='utf-8')}\n</style>"
+
+
+def _markup(name: str) -> str:
+    return (STATIC / f"{name}.html").read_text(encoding="utf-8")
+
+
+def _script() -> str:
+    return "\n".join((STATIC / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+
+
+def build(desk: Desk) -> gr.Blocks:
+    """The page's components. The widgets are Gradio's; what happens between them is in static/*.js."""
+    widgets: dict[str, gr.components.Component] = {}
+    with gr.Blocks(title="Lorawright", analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(
+            _markup("bar"),
+            apply_default_css=False,
+            elem_id="bar",
+            js_on_load=_script(),
+            server_functions=desk.functions(),
+        )
+        with gr.Row(elem_id="main"):
+            with gr.Column(elem_id="form", scale=3), gr.Tabs():
+                for tab in dict.fromkeys(section.tab for section in Section):
+                    if tab == PARAMETER_TABS[0]:
+                        with gr.Tab("Parameters", elem_id="tab-parameters"), gr.Tabs():
+                            for inner in PARAMETER_TABS:
+                                with gr.Tab(inner, elem_id=form.tab_id(inner)):
+                                    widgets.update(form.widgets(inner))
+                    elif tab not in PARAMETER_TABS:
+                        with gr.Tab(tab, elem_id=form.tab_id(tab)):
+                            widgets.update(form.widgets(tab))
+                with gr.Tab("Config (JSON)", elem_id="tab-json"):
+                    gr.HTML(_markup("json"), apply_default_css=False)
+                with gr.Tab("Runs", elem_id="tab-runs"):
+                    gr.HTML(_markup("runs"), apply_default_css=False)
+            with gr.Column(elem_id="side", scale=2):
+                gr.HTML(_markup("live"), apply_default_css=False)
+        ordered = [widgets[key] for key in PARAMETERS]
+        _connect(ordered)
+    return page
+
+
+def _connect(widgets: list[gr.components.Component]) -> None:
+    """Two hidden buttons through which the script reads and fills all widgets at once, without the server."""
+    quiet: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    reader = gr.Button("read", elem_id="lw-read", visible="hidden")
+    filler = gr.Button("fill", elem_id="lw-fill", visible="hidden")
+    reader.click(None, inputs=widgets, js="(...values) => lorawright.read(values)", **quiet)
+    filler.click(None, outputs=widgets, js="() => lorawright.filling()", **quiet).then(
+        None, inputs=widgets, js="(...values) => lorawright.filled(values)", **quiet
+    )

@@ -1,0 +1,289 @@
+"""Starting the trainer, stopping it, and finding runs again, from their folders alone.
+
+A trainer is a process of its own that outlives the page. All that the page knows of a run it reads
+from the run's folder, so that a second page or a restarted server knows as much.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from trainer import kohya
+from trainer.errors import Problem
+from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, Run, new_run, write_whole
+
+State = Literal["starting", "running", "stopping", "stopped", "done", "crashed"]
+ALIVE = ("starting", "running", "stopping")
+
+CHECK_TIMEOUT_S = 180
+LEAST_MEMORY_KEYS = ("train_batch_size", "max_resolution", "gradient_checkpointing", "cache_latents")
+
+_ID = re.compile(r"\d{8}-\d{6}-[\w.-]+")
+_TAIL_BYTES = 16384
+
+
+class Busy(Exception):
+    """A run is going on; a second one would share its memory. The message names it."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a run ended early, in plain words; `keys` are the controls that may help."""
+
+    title: str
+    message: str
+    hint: str
+    keys: tuple[str, ...] = ()
+
+
+class Runs:
+    """The runs in one folder.
+
+    `root` is where the trainer works, so that a preset's paths may be relative to it; `trainer` is
+    its command, to which `check` and `train` are added.
+    """
+
+    def __init__(self, folder: Path, root: Path, trainer: Sequence[str]) -> None:
+        self.folder = folder
+        self.root = root
+        self.trainer = tuple(trainer)
+        self._lock = threading.Lock()
+
+    def ids(self) -> list[str]:
+        """Newest first."""
+        try:
+            found = [entry.name for entry in os.scandir(self.folder) if _ID.fullmatch(entry.name) and entry.is_dir()]
+        except FileNotFoundError:
+            return []
+        return sorted(found, key=lambda name: (name[:15], (self.folder / name).stat().st_mtime), reverse=True)
+
+    def find(self, run_id: str) -> Run | None:
+        """The run of that id; the newest for ""; None if there is none."""
+        if not run_id:
+            run_id = next(iter(self.ids()), "")
+        return Run(self.folder / run_id) if _ID.fullmatch(run_id) and (self.folder / run_id).is_dir() else None
+
+    def active(self) -> Run | None:
+        """The run that is going on."""
+        runs = (Run(self.folder / run_id) for run_id in self.ids())
+        return next((run for run in runs if not run.exit.exists() and state(run) in ALIVE), None)
+
+    def check(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+        """What the trainer finds wrong with the settings: {"problems": […], "notes": […], "summary": {…}}."""
+        with tempfile.TemporaryDirectory(prefix="lorawright-") as folder:
+            preset = Path(folder) / "preset.json"
+            kohya.save(preset, values, kept)
+            command = [*self.trainer, "check", str(preset), "--json"]
+            try:
+                done = subprocess.run(  # noqa: S603
+                    command, cwd=self.root, stdin=subprocess.DEVNULL, capture_output=True, timeout=CHECK_TIMEOUT_S
+                )
+            except subprocess.TimeoutExpired:
+                return _broken_check(f"The check took more than {CHECK_TIMEOUT_S} s and was ended.")
+        try:
+            found = json.loads(done.stdout)
+            found["problems"] = list(found["problems"])
+        except (ValueError, TypeError, KeyError):
+            found = None
+        if found is None or done.returncode not in (EXIT_DONE, EXIT_CONFIG):
+            lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit code {done.returncode}"]
+            return _broken_check(f"The check itself failed: {lines[-1]}")
+        return found
+
+    def start(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Run:
+        """Start a trainer of its own on these settings. Raises Busy while another run goes on."""
+        with self._lock:
+            active = self.active()
+            if active is not None:
+                raise Busy(f"{active.folder.name} is still going on. Stop it first, or wait for its end.")
+            run = new_run(self.folder, str(values.get("output_name") or "lora"))
+            kohya.save(run.config, values, kept)
+            with open(run.log, "ab") as log:
+                process = subprocess.Popen(  # noqa: S603
+                    [*self.trainer, "train", str(run.config), "--run", str(run.folder)],
+                    cwd=self.root,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+                )
+            _write_pid(run, process.pid)
+        threading.Thread(
+            target=_await_exit, args=(run, process), name=f"exit of {run.folder.name}", daemon=True
+        ).start()
+        return run
+
+    def summary(self, run_id: str) -> dict[str, Any]:
+        """One line of the list of runs."""
+        run = Run(self.folder / run_id)
+        tail = last_events(run)
+        step = next((e for e in reversed(tail) if e["type"] == "step"), None)
+        return {
+            "id": run_id,
+            "state": state(run, tail),
+            "name": run_id[16:],
+            "began": time.mktime(time.strptime(run_id[:15], "%Y%m%d-%H%M%S")),
+            "step": step["step"] if step else 0,
+            "total": step["total"] if step else 0,
+            "loss": step["loss"] if step else None,
+            "files": [e["path"] for e in tail if e["type"] == "saved" and e["what"] == "final"],
+        }
+
+
+def _broken_check(message: str) -> dict[str, Any]:
+    return {"problems": [asdict(Problem("", "Check", message))], "notes": [], "summary": {}}
+
+
+def _write_pid(run: Run, pid: int) -> None:
+    try:
+        started = psutil.Process(pid).create_time()
+    except psutil.Error:
+        return
+    write_whole(run.pid, json.dumps({"pid": pid, "started": started}).encode())
+
+
+def _await_exit(run: Run, process: subprocess.Popen[bytes]) -> None:
+    write_whole(run.exit, json.dumps({"code": process.wait()}).encode())
+
+
+def exit_code(run: Run) -> int | None:
+    """The trainer's exit code, negative for a signal; None when no page was there to see it."""
+    try:
+        return int(json.loads(run.exit.read_text())["code"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def kill(run: Run) -> None:
+    """End a trainer that does not stop, and what it started. Nothing is saved."""
+    process = run.process()
+    if process is None:
+        return
+    write_whole(run.killed, b"")
+    family = [*process.children(recursive=True), process]
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=10)
+
+
+def last_events(run: Run) -> list[dict[str, Any]]:
+    """The events in the last part of the stream, oldest first."""
+    try:
+        with open(run.events, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            data = file.read()
+    except FileNotFoundError:
+        return []
+    lines = data.split(b"\n")[1 if size > _TAIL_BYTES else 0 : -1]
+    return list(_records(lines))
+
+
+def _records(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "type" in record:
+            yield record
+
+
+def stop_asked(run: Run) -> float | None:
+    """When the run was asked to stop (Unix seconds); None if it was not."""
+    try:
+        if b"stop" in run.control.read_bytes().split():
+            return run.control.stat().st_mtime
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def state(run: Run, tail: Sequence[Mapping[str, Any]] | None = None) -> State:
+    """What a run is doing, by its events, its process and what was asked of it."""
+    events = last_events(run) if tail is None else tail
+    for event in reversed(events):
+        if event["type"] == "ended":
+            return "stopped" if event["status"] == "stopped" else "done"
+        if event["type"] == "failed":
+            return "crashed"
+    if run.process() is None:
+        return "stopped" if exit_code(run) == EXIT_STOPPED else "crashed"
+    if stop_asked(run) is not None:
+        return "stopping"
+    return "running" if any(event["type"] == "step" for event in events) else "starting"
+
+
+def cause(run: Run, failed: Mapping[str, Any] | None) -> Cause:
+    """Why a crashed run ended: its own word for it, else its exit code or signal."""
+    if failed is not None:
+        title = str(failed["kind"]).replace("_", " ").capitalize()
+        keys = LEAST_MEMORY_KEYS if failed["kind"] == "out_of_memory" else ()
+        return Cause(title, str(failed["message"]), str(failed["hint"]), keys)
+    if run.killed.exists():
+        return Cause("Killed", "The trainer was killed from this page; the step it was in is not saved.", "")
+    code = exit_code(run)
+    if code is None:
+        return Cause(
+            "Ended without a word",
+            "The trainer's process is gone and left no reason: the machine was restarted, or it ran out of memory.",
+            "If it happens again at the same place, try settings that need less memory.",
+            LEAST_MEMORY_KEYS,
+        )
+    if code < 0:
+        return _by_signal(-code)
+    if code == EXIT_CONFIG:
+        return Cause("Settings refused", _last_line(run), "Check names every control that is wrong.")
+    return Cause(
+        f"Exit code {code}", _last_line(run) or "The trainer ended without a word.", "The log has the details."
+    )
+
+
+def _by_signal(number: int) -> Cause:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = "unknown"
+    title = f"Signal {number} ({name})"
+    if name == "SIGKILL":
+        return Cause(
+            title,
+            "Something outside ended the trainer at once: most often the system, because memory ran out.",
+            "Try settings that need less memory.",
+            LEAST_MEMORY_KEYS,
+        )
+    if name in ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE"):
+        return Cause(
+            title,
+            "A native library crashed (a driver, PyTorch or an attention kernel).",
+            'Set CrossAttention to "sdpa" and try again; the log may name the library.',
+            ("xformers",),
+        )
+    return Cause(title, "The trainer was ended from outside before it could save.", "Start it again.")
+
+
+def _last_line(run: Run) -> str:
+    try:
+        with open(run.log, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().decode("utf-8", "replace").strip().splitlines()
+    except FileNotFoundError:
+        return ""
+    return lines[-1].strip() if lines else ""

@@ -1,0 +1,42 @@
+// The banner under the bar: what is wrong, what became of a preset, what is going on.
+
+class Banner {
+  constructor(node, form) {
+    this.node = node;
+    this.form = form;
+  }
+
+  clear() {
+    this.node.replaceChildren();
+    this.node.className = "";
+  }
+
+  busy(text) {
+    this.show("busy", text);
+  }
+
+  // `tone`: error, warning, info, good or busy. `items`: problems and notes; `actions`: [label, function].
+  show(tone, title, items = [], actions = []) {
+    this.node.className = `lw-banner-${tone}`;
+    const close = make("button", { class: "lw-close", type: "button", "aria-label": "Dismiss", onclick: () => this.clear() }, "×");
+    const head = make("div", { class: "lw-banner-head" },
+      tone === "busy" ? make("span", { class: "lw-spinner", "aria-hidden": "true" }) : null,
+      make("strong", {}, title),
+      ...actions.map(([label, act]) => make("button", { class: "lw-link", type: "button", onclick: act }, label)),
+      make("span", { class: "lw-gap" }),
+      tone === "busy" ? null : close);
+    const list = items.length ? make("ul", {}, ...items.map((item) => this.line(item))) : null;
+    this.node.replaceChildren(head, ...(list ? [list] : []));
+  }
+
+  line(item) {
+    const place = item.severity || item.what;
+    const tag = make("span", { class: `lw-tag lw-tag-${place.replaceAll(" ", "-")}` }, place);
+    const label = item.label || item.key;
+    const control = this.form.known(item.key)
+      ? make("button", { class: "lw-link lw-control", type: "button", "data-key": item.key, onclick: () => this.form.focus(item.key) },
+        this.form.label(item.key))
+      : label ? make("b", {}, label) : null;
+    return make("li", {}, tag, " ", control, control ? " " : "", item.message);
+  }
+}

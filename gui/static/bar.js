@@ -1,0 +1,142 @@
+// The bar: presets, what differs, check and start.
+
+class Bar {
+  constructor(form, banner, server, live) {
+    Object.assign(this, { form, banner, server, live });
+    this.preset = byId("lw-preset");
+    this.on("lw-load", () => this.load());
+    this.on("lw-save", () => this.save());
+    this.on("lw-reset", () => this.reset());
+    this.on("lw-changed", () => this.tellChanged());
+    this.on("lw-check", () => this.check());
+    this.on("lw-start", () => this.start());
+    form.whenChanged.push(() => this.count());
+    form.whenChanged.push(() => this.draftLater());
+    document.addEventListener("keydown", (event) => {
+      if ((event.ctrlKey || event.metaKey) && event.key === "Enter") { event.preventDefault(); byId("lw-start").click(); }
+      if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "s") { event.preventDefault(); this.save(); }
+    });
+  }
+
+  // While one order is under way, no other is taken; a failure is told, not lost.
+  on(id, act) {
+    byId(id).addEventListener("click", async () => {
+      if (this.working) return;
+      this.working = true;
+      document.body.classList.add("lw-working");
+      try {
+        await act();
+      } catch (error) {
+        this.banner.show("error", "The page's server did not answer. A training that runs is not affected.",
+          [{ severity: "error", key: "", label: "", message: String(error?.message || error) }]);
+      } finally {
+        this.working = false;
+        document.body.classList.remove("lw-working");
+      }
+    });
+  }
+
+  offer(presets) {
+    const chosen = this.preset.value || localStorage.getItem("lorawright.preset") || "";
+    const group = (label, shelf) => {
+      const ids = presets.filter((id) => id.startsWith(shelf));
+      return ids.length ? [make("optgroup", { label }, ...ids.map((id) => make("option", { value: id }, id.slice(shelf.length))))] : [];
+    };
+    this.preset.replaceChildren(...group("Your presets", "own/"), ...group("Built in", "shipped/"));
+    if (presets.includes(chosen)) this.preset.value = chosen;
+  }
+
+  count() {
+    const n = this.form.changed().length;
+    byId("lw-changed").textContent = n ? `${n} changed` : "all default";
+    byId("lw-changed").disabled = !n;
+  }
+
+  draftLater() {
+    clearTimeout(this.drafting);
+    this.drafting = setTimeout(async () => {
+      const entries = this.form.entries;
+      let answer;
+      try {
+        answer = await this.server.draft({ entries, kept: this.form.kept });
+      } catch {
+        this.drafting = setTimeout(() => this.draftLater(), 3000);
+        return;
+      }
+      if (entries === this.form.entries) this.form.mark(answer.problems);
+      byId("form").dataset.drafted = String(Date.now());
+    }, 500);
+  }
+
+  async load() {
+    const id = this.preset.value;
+    if (!id) return;
+    await this.take(await this.server.load({ id }), `Loaded “${id.split("/")[1]}”.`);
+    localStorage.setItem("lorawright.preset", id);
+  }
+
+  // Show a preset that the server read, and what became of its keys. Undo brings the form back.
+  async take(answer, title) {
+    if (!answer.entries) return this.banner.show("error", "This preset cannot be loaded.", answer.problems);
+    const before = { entries: this.form.entries, kept: this.form.kept };
+    await this.form.fill(answer.entries, answer.kept);
+    const undo = ["Undo", async () => { await this.form.fill(before.entries, before.kept); this.banner.clear(); }];
+    const items = [...answer.problems, ...answer.notes];
+    const worst = answer.problems.some((p) => p.severity === "error") ? "error" : items.length ? "warning" : "info";
+    this.banner.show(worst, [title, answer.description].filter(Boolean).join(" "), items, [undo]);
+  }
+
+  async save() {
+    const input = make("input", { class: "lw-input", value: this.preset.value.split("/")[1] || this.form.entries.output_name || "", maxLength: 80, required: true, "aria-label": "Name of the preset" });
+    const content = make("label", { class: "lw-stack" }, "Name", input);
+    setTimeout(() => input.select());
+    if ((await ask("Save preset", content, [["", "Cancel"], ["save", "Save", "lw-primary"]])) !== "save") return;
+    const order = { name: input.value, entries: await this.form.read(), kept: this.form.kept };
+    let answer = await this.server.save(order);
+    if (answer.exists) {
+      const text = make("p", {}, `“${order.name}” exists among your presets.`);
+      if ((await ask("Replace it?", text, [["", "Cancel"], ["yes", "Replace", "lw-primary"]])) !== "yes") return;
+      answer = await this.server.save({ ...order, replace: true });
+    }
+    if (answer.problems) return this.banner.show("error", "The preset was not saved.", answer.problems);
+    this.offer(answer.presets);
+    this.preset.value = answer.id;
+    localStorage.setItem("lorawright.preset", answer.id);
+    this.banner.show("good", `Saved as ${answer.path}`);
+  }
+
+  async reset() {
+    await this.take({ entries: Object.fromEntries(this.form.table.map((p) => [p.key, p.default])), kept: {}, problems: [], notes: [] },
+      "All parameters are back at their defaults.");
+  }
+
+  tellChanged() {
+    const show = (value) => (value === true ? "on" : value === false ? "off" : value === "" ? "(empty)" : value.length > 60 ? `${value.slice(0, 60)}…` : value);
+    this.banner.show("info", "Different from the defaults:", this.form.changed().map((p) => ({
+      severity: "changed", key: p.key, label: p.label, message: `${show(this.form.entries[p.key])}  (default ${show(p.default)})` })));
+  }
+
+  async check() {
+    this.banner.busy("Checking the settings, the model and the images …");
+    const answer = await this.server.check({ entries: await this.form.read(), kept: this.form.kept });
+    this.tell(answer, `Ready to start. ${answer.outline}`);
+  }
+
+  async start() {
+    this.banner.busy("Checking, then starting …");
+    const answer = await this.server.start({ entries: await this.form.read(), kept: this.form.kept });
+    if (!answer.run) return this.tell(answer, "");
+    const worth = answer.problems.length || answer.notes.length;
+    if (worth) this.tell(answer, `Started. ${answer.outline}`);
+    else this.banner.clear();
+    this.live.watch("");
+  }
+
+  tell(answer, success) {
+    const errors = answer.problems.filter((p) => p.severity === "error");
+    this.form.mark([...errors]);
+    const items = [...errors, ...answer.problems.filter((p) => p.severity !== "error"), ...answer.notes];
+    const title = errors.length ? `${errors.length === 1 ? "One thing stands" : `${errors.length} things stand`} in the way of training:` : success;
+    this.banner.show(errors.length ? "error" : items.length ? "warning" : "good", title, items);
+  }
+}

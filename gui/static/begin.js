@@ -1,0 +1,23 @@
+// Put the page together, once all of its parts are there.
+
+async function begin(server) {
+  await whenThere(() => byId("form") && byId("lw-read") && byId("lw-fill") && byId("lw-log"), 20000);
+  const hello = await server.hello({});
+  const form = new Form(hello.table, server);
+  form.models = hello.models;
+  document.body.append(make("datalist", { id: "lw-models" }, ...hello.models.map((value) => make("option", { value }))));
+  form.attach();
+  const banner = new Banner(byId("lw-banner"), form);
+  const live = new Live(server, form);
+  const bar = new Bar(form, banner, server, live);
+  new RunList(server, live);
+  new Json(server, form, bar);
+  bar.offer(hello.presets);
+  await form.fill(hello.draft.entries, hello.draft.kept);
+  document.documentElement.dataset.lorawright = "ready";
+}
+
+begin(server).catch((error) => {
+  byId("lw-banner").textContent = `The page could not be put together: ${error?.message || error}`;
+  throw error;
+});

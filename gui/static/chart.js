@@ -1,0 +1,165 @@
+// The loss on a canvas: every step's, and smoothed; a logarithmic axis; ticks where samples were made.
+
+class Chart {
+  constructor(canvas, readout) {
+    this.canvas = canvas;
+    this.readout = readout;
+    this.clear();
+    new ResizeObserver(() => this.draw()).observe(canvas);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
+    new MutationObserver(() => this.draw()).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+    canvas.addEventListener("pointermove", (event) => { this.pointer = event.offsetX; this.draw(); });
+    canvas.addEventListener("pointerleave", () => { this.pointer = null; this.draw(); });
+  }
+
+  clear() {
+    Object.assign(this, { steps: [], loss: [], smooth: [], rates: [], samples: [], pointer: null });
+  }
+
+  // points: [step, loss, U-Net's rate, text encoder's rate]
+  add(points) {
+    for (const [step, loss, unet, text] of points) {
+      const n = this.steps.length;
+      // Averages over about the last tenth of the run, at least 10 and at most 200 steps.
+      const keep = 1 - 1 / Math.min(200, Math.max(10, n / 10));
+      const last = n ? this.smooth[n - 1] : loss;
+      const weight = Math.max(1 - keep, 1 / (n + 1));
+      this.steps.push(step);
+      this.loss.push(loss);
+      this.smooth.push(last + weight * (loss - last));
+      this.rates.push([unet, text]);
+    }
+  }
+
+  draw() {
+    cancelAnimationFrame(this.frame);
+    this.frame = requestAnimationFrame(() => this.paint());
+  }
+
+  paint() {
+    const { canvas, steps, loss, smooth } = this;
+    const width = canvas.clientWidth, height = canvas.clientHeight, scale = devicePixelRatio || 1;
+    if (!width) return;
+    canvas.width = width * scale;
+    canvas.height = height * scale;
+    const pen = canvas.getContext("2d");
+    pen.scale(scale, scale);
+    const look = getComputedStyle(canvas);
+    const colour = (name) => look.getPropertyValue(name).trim();
+    pen.font = `11px ${look.fontFamily}`;
+    if (!steps.length) {
+      pen.fillStyle = colour("--lw-muted");
+      pen.textAlign = "center";
+      pen.fillText("The loss appears here from the first step on.", width / 2, height / 2);
+      this.readout.textContent = "";
+      return;
+    }
+    const box = { left: 46, right: width - 8, top: 8, bottom: height - 20 };
+    const first = steps[0], span = Math.max(1, steps[steps.length - 1] - first);
+    const x = (step) => box.left + ((step - first) / span) * (box.right - box.left);
+    const sorted = loss.filter((v) => v > 0).sort((a, b) => a - b);
+    const low = Math.log10((sorted[Math.floor(sorted.length * 0.01)] || 1e-3) * 0.9);
+    const high = Math.max(Math.log10((sorted[Math.ceil(sorted.length * 0.99) - 1] || 1) * 1.1), low + 0.3);
+    const y = (v) => box.bottom - ((Math.log10(Math.max(v, 1e-9)) - low) / (high - low)) * (box.bottom - box.top);
+
+    pen.strokeStyle = colour("--lw-grid");
+    pen.fillStyle = colour("--lw-muted");
+    pen.lineWidth = 1;
+    pen.textAlign = "right";
+    pen.textBaseline = "middle";
+    for (const value of logTicks(low, high)) {
+      const at = Math.round(y(value)) + 0.5;
+      pen.beginPath(); pen.moveTo(box.left, at); pen.lineTo(box.right, at); pen.stroke();
+      pen.fillText(String(Number(value.toPrecision(2))), box.left - 6, at);
+    }
+    pen.textBaseline = "alphabetic";
+    pen.textAlign = "center";
+    for (const value of stepTicks(first, first + span, Math.max(2, Math.floor(width / 90)))) {
+      const at = Math.min(Math.max(x(value), box.left + 8), box.right - 12);
+      pen.fillText(String(value), at, height - 6);
+    }
+
+    pen.save();
+    pen.beginPath(); pen.rect(box.left, box.top - 4, box.right - box.left, box.bottom - box.top + 4); pen.clip();
+    // Where a pixel column holds many steps, it shows their range.
+    pen.strokeStyle = colour("--lw-raw");
+    trace(pen, steps, loss, x, y);
+    pen.strokeStyle = colour("--lw-accent");
+    pen.lineWidth = 2;
+    trace(pen, steps, smooth, x, y);
+    pen.restore();
+
+    pen.fillStyle = colour("--lw-mark");
+    for (const step of this.samples) {
+      if (step < first) continue;
+      const at = x(step);
+      pen.beginPath(); pen.moveTo(at - 4, box.bottom + 6); pen.lineTo(at + 4, box.bottom + 6); pen.lineTo(at, box.bottom); pen.fill();
+    }
+    this.point(pen, x, y, box, colour);
+  }
+
+  point(pen, x, y, box, colour) {
+    const { steps, loss, smooth, rates } = this;
+    let i = steps.length - 1;
+    if (this.pointer !== null) {
+      const wanted = steps[0] + ((this.pointer - box.left) / (box.right - box.left)) * (steps[i] - steps[0]);
+      i = nearest(steps, wanted);
+      pen.strokeStyle = colour("--lw-muted");
+      pen.lineWidth = 1;
+      pen.beginPath(); pen.moveTo(x(steps[i]), box.top); pen.lineTo(x(steps[i]), box.bottom); pen.stroke();
+      pen.fillStyle = colour("--lw-accent");
+      pen.beginPath(); pen.arc(x(steps[i]), y(smooth[i]), 3.5, 0, 7); pen.fill();
+    }
+    const rate = (value) => (value === null || value === undefined ? null : value.toPrecision(3).replace("e-", "e−"));
+    const [unet, text] = rates[i].map(rate);
+    this.readout.textContent = [`step ${steps[i]}`, `loss ${smooth[i].toPrecision(3)} (this step ${loss[i].toPrecision(3)})`,
+      unet && `U-Net rate ${unet}`, text && `text encoder rate ${text}`].filter(Boolean).join(" · ");
+    this.canvas.setAttribute("aria-label", `Loss over ${steps.length} steps. ${this.readout.textContent}`);
+  }
+}
+
+function trace(pen, steps, values, x, y) {
+  pen.beginPath();
+  for (let i = 0; i < steps.length;) {
+    const column = Math.round(x(steps[i]));
+    let low = values[i], high = values[i], last = values[i];
+    const begin = i;
+    for (; i < steps.length && Math.round(x(steps[i])) === column; i++) {
+      last = values[i];
+      if (last < low) low = last;
+      if (last > high) high = last;
+    }
+    if (i - begin > 1) { pen.lineTo(column, y(high)); pen.lineTo(column, y(low)); }
+    pen.lineTo(column, y(last));
+  }
+  if (steps.length === 1) pen.arc(x(steps[0]), y(values[0]), 1.5, 0, 7);
+  pen.stroke();
+}
+
+function logTicks(low, high) {
+  const found = [];
+  for (let power = Math.floor(low); power <= Math.ceil(high); power++) {
+    for (const part of high - low > 1.6 ? [1] : high - low > 0.7 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 8]) {
+      const value = part * 10 ** power;
+      if (Math.log10(value) >= low && Math.log10(value) <= high) found.push(value);
+    }
+  }
+  return found;
+}
+
+function stepTicks(from, to, most) {
+  const rough = (to - from) / most, power = 10 ** Math.floor(Math.log10(Math.max(rough, 1)));
+  const gap = [1, 2, 5, 10].map((m) => m * power).find((g) => g >= rough) || power * 10;
+  const found = [];
+  for (let value = Math.ceil(from / gap) * gap; value <= to; value += gap) found.push(value);
+  return found;
+}
+
+function nearest(sorted, wanted) {
+  let low = 0, high = sorted.length - 1;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (sorted[middle] < wanted) low = middle + 1; else high = middle;
+  }
+  return low > 0 && wanted - sorted[low - 1] < sorted[low] - wanted ? low - 1 : low;
+}

@@ -1,0 +1,49 @@
+// Making elements, without ever parsing text as HTML.
+
+function make(tag, properties = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "class") node.className = value;
+    else if (name in node && !name.includes("-")) node[name] = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
+  return node;
+}
+
+const byId = (id) => document.getElementById(id);
+
+// Tabs are built when they are first opened, so a part of the page may come later.
+function whenThere(find, patience_ms = 3000) {
+  const until = performance.now() + patience_ms;
+  return new Promise((resolve, reject) => {
+    (function look() {
+      const found = find();
+      if (found) resolve(found);
+      else if (performance.now() > until) reject(new Error("a part of the page did not appear"));
+      else requestAnimationFrame(look);
+    })();
+  });
+}
+
+// A modal question: resolves to the pressed button's value, or "" when it was left.
+function ask(title, content, buttons) {
+  return new Promise((resolve) => {
+    const form = make("form", { method: "dialog", class: "lw-dialog-form" },
+      make("h2", {}, title), content,
+      make("div", { class: "lw-dialog-buttons" },
+        ...buttons.map(([value, label, look]) => make("button", { value, class: `lw-button ${look || ""}` }, label))));
+    const dialog = make("dialog", { class: "lw-dialog", "aria-label": title }, form);
+    dialog.addEventListener("close", () => { dialog.remove(); resolve(dialog.returnValue); });
+    document.body.append(dialog);
+    dialog.showModal();
+  });
+}
+
+// The address of a file that the server lets us have, also behind a proxy or a tunnel.
+function fileAddress(path) {
+  const parts = path.replaceAll("\\", "/").split("/").map(encodeURIComponent).join("/");
+  return `${window.gradio_config?.root || ""}/gradio_api/file=${parts}`;
+}

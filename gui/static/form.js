@@ -1,0 +1,199 @@
+// The form: reading and filling Gradio's widgets, what is hidden, what differs, what is wrong, help.
+
+const STYLE_QUOTES = (text) => JSON.stringify(String(text)).replaceAll("\\n", " ");
+
+class Form {
+  constructor(table, ask_server) {
+    this.table = table;
+    this.parameters = new Map(table.map((p) => [p.key, p]));
+    this.server = ask_server;
+    this.entries = Object.fromEntries(table.map((p) => [p.key, p.default]));
+    this.kept = {};
+    this.errors = new Map();
+    this.forced = new Set();
+    this.readers = [];
+    this.fillers = [];
+    this.whenChanged = [];
+    this.style = document.head.appendChild(make("style", { id: "lw-form-state" }));
+    this.models = [];
+  }
+
+  known(key) { return this.parameters.has(key); }
+  label(key) { return this.parameters.get(key)?.label || key; }
+
+  // Gradio's hidden buttons answer into these two.
+  attach() {
+    window.lorawright = {
+      filling: () => this.pending,
+      read: (values) => { for (const resolve of this.readers.splice(0)) resolve(this.named(values)); return []; },
+      filled: (values) => { for (const resolve of this.fillers.splice(0)) resolve(this.named(values)); return []; },
+    };
+    const later = () => { clearTimeout(this.timer); this.timer = setTimeout(() => this.look(), 120); };
+    for (const name of ["input", "change", "click", "keyup", "focusout"]) document.addEventListener(name, later, true);
+    this.tip = document.body.appendChild(make("div", { id: "lw-tip", role: "tooltip", hidden: true }));
+    document.addEventListener("keydown", (event) => { if (event.key === "Escape") this.tip.hidden = true; });
+    new MutationObserver(() => this.dress()).observe(byId("form"), { childList: true, subtree: true });
+    this.dress();
+  }
+
+  named(values) {
+    return Object.fromEntries(this.table.map((p, i) => [p.key, values[i] ?? (p.kind === "switch" ? false : "")]));
+  }
+
+  async read() {
+    const button = await whenThere(() => byId("lw-read"));
+    return new Promise((resolve) => { this.readers.push(resolve); button.click(); });
+  }
+
+  // Fill every widget; resolves when all of them show it.
+  async fill(entries, kept = {}) {
+    this.kept = kept;
+    this.pending = this.table.map((p) => entries[p.key] ?? p.default);
+    const pick = this.table.findIndex((p) => p.key === "model_list");
+    if (pick >= 0) {
+      const choices = ["custom", "embedded", ...this.models].map((c) => [c, c]);
+      this.pending[pick] = { __type__: "update", value: this.pending[pick], choices };
+    }
+    const button = await whenThere(() => byId("lw-fill"));
+    const done = new Promise((resolve) => { this.fillers.push(resolve); button.click(); });
+    this.forced.clear();
+    this.settle(await done);
+  }
+
+  // Look at the form after anything that may have changed it.
+  async look() {
+    if (!byId("lw-read")) return;
+    const entries = await this.read();
+    if (this.table.some((p) => entries[p.key] !== this.entries[p.key])) {
+      this.pickModel(entries);
+      this.settle(entries);
+    }
+  }
+
+  settle(entries) {
+    this.entries = entries;
+    this.paint();
+    for (const tell of this.whenChanged) tell();
+  }
+
+  // Quick Pick fills the path; a path typed by hand makes the pick "custom" again.
+  pickModel(entries) {
+    const path = "pretrained_model_name_or_path";
+    const picked = entries.model_list !== this.entries.model_list;
+    if (!picked || entries.model_list === "custom") return;
+    const wanted = entries.model_list === "embedded" ? "" : entries.model_list;
+    const input = this.input(path);
+    if (input && this.models.concat("embedded").includes(entries.model_list) && input.value !== wanted) {
+      this.type(path, wanted);
+    }
+  }
+
+  type(key, text) {
+    const input = this.input(key);
+    input.value = text;
+    input.dispatchEvent(new Event("input", { bubbles: true }));
+  }
+
+  applies(p) {
+    return Object.entries(p.when).every(([other, values]) => values.includes(this.entries[other]));
+  }
+
+  changed() {
+    return this.table.filter((p) => {
+      const entry = this.entries[p.key];
+      if (typeof entry !== "string") return entry !== p.default;
+      const text = entry.trim(), usual = String(p.default).trim();
+      if (text === usual) return false;
+      if (p.kind !== "integer" && p.kind !== "number") return true;
+      return text !== "" && usual !== "" ? Number(text) !== Number(usual) : usual === "" ;
+    });
+  }
+
+  paint() {
+    const id = (p) => `#field-${p.key}`;
+    const away = this.table.filter((p) => !this.applies(p) && !this.forced.has(p.key)).map(id);
+    const differs = this.changed().map(id);
+    const wrong = [...this.errors].map(([key, message]) =>
+      `#field-${key}{--lw-edge:var(--lw-red)}#field-${key}::after{content:${STYLE_QUOTES(message)}}`);
+    this.style.textContent = [
+      away.length ? `${away.join(",")}{display:none!important}` : "",
+      differs.length ? `${differs.join(",")}{--lw-dot:var(--lw-accent)}` : "",
+      ...wrong,
+    ].join("\n");
+    for (const p of this.table) this.input(p.key)?.toggleAttribute("aria-invalid", this.errors.has(p.key));
+  }
+
+  // What the schema finds wrong, shown at the fields while they are being filled.
+  mark(problems) {
+    this.errors = new Map(problems.filter((p) => p.severity === "error" && this.known(p.key)).map((p) => [p.key, p.message]));
+    this.paint();
+  }
+
+  input(key) { return byId(`field-${key}`)?.querySelector("input, textarea"); }
+
+  async focus(key) {
+    const p = this.parameters.get(key);
+    if (!this.applies(p)) { this.forced.add(key); this.paint(); }
+    if (!this.input(key)?.offsetParent) await this.open(p.tab);
+    const input = await whenThere(() => this.input(key)?.offsetParent && this.input(key));
+    input.scrollIntoView({ block: "center" });
+    input.focus({ preventScroll: true });
+    const field = byId(`field-${key}`);
+    field.animate([{ outline: "2px solid var(--lw-accent)", outlineOffset: "4px" }, { outline: "2px solid transparent", outlineOffset: "4px" }], 1200);
+  }
+
+  async open(tab) {
+    if (["tab-basic", "tab-advanced"].includes(tab)) await this.press("tab-parameters-button");
+    await this.press(`${tab}-button`);
+  }
+
+  async press(id) {
+    const button = await whenThere(() => byId(id));
+    if (button.getAttribute("aria-selected") !== "true") button.click();
+  }
+
+  // Give fields that have just been built their help, and paths their browse button.
+  dress() {
+    for (const field of document.querySelectorAll("#form .field:not([data-dressed])")) {
+      const p = this.parameters.get(field.id.replace("field-", ""));
+      const input = field.querySelector("input, textarea");
+      if (!p || !input) continue;
+      field.dataset.dressed = "";
+      input.setAttribute("aria-description", p.help);
+      input.spellcheck = p.kind === "lines";
+      input.autocomplete = "off";
+      const help = make("button", { class: "lw-help", type: "button", "aria-label": `Help for ${p.label}` }, "?");
+      const open = () => this.explain(p, help);
+      const close = () => { this.tip.hidden = true; };
+      help.addEventListener("mouseenter", open);
+      help.addEventListener("focus", open);
+      help.addEventListener("click", open);
+      help.addEventListener("mouseleave", close);
+      help.addEventListener("blur", close);
+      field.append(help);
+      if (["file", "folder", "model"].includes(p.kind)) {
+        field.append(make("button", { class: "lw-browse", type: "button", "aria-label": `Browse for ${p.label}`,
+          onclick: () => browse(this, p, this.server) }, "…"));
+        if (p.kind === "model") {
+          input.setAttribute("list", "lw-models");
+        }
+      }
+    }
+    this.paintLater ??= requestAnimationFrame(() => { this.paintLater = undefined; this.paint(); });
+  }
+
+  explain(p, at) {
+    const standard = p.kind === "switch" ? (p.default ? "on" : "off") : p.default === "" ? "empty" : p.default;
+    const wrong = this.errors.get(p.key);
+    this.tip.replaceChildren(
+      make("p", {}, p.help),
+      wrong ? make("p", { class: "lw-wrong" }, wrong) : "",
+      make("p", { class: "lw-facts" }, p.allowed === "text" ? "" : `${p.allowed} · `, `default: ${standard} · `, make("code", {}, p.key)));
+    this.tip.hidden = false;
+    const spot = at.getBoundingClientRect(), size = this.tip.getBoundingClientRect();
+    const left = Math.min(Math.max(8, spot.right - size.width), innerWidth - size.width - 8);
+    const below = spot.bottom + 6;
+    this.tip.style.left = `${left}px`;
+    this.tip.style.top = `${below + size.height > innerHeight ? Math.max(8, spot.top - size.height - 6) : below}px`;
+  }
+}

@@ -1,0 +1,258 @@
+// The live panel: asks for what is new, and shows state, progress, loss, samples and log.
+
+const QUIET_S = 90, KILL_AFTER_S = 60, ETA_FROM_STEP = 30;
+
+class Live {
+  constructor(server, form) {
+    this.server = server;
+    this.form = form;
+    this.chart = new Chart(byId("lw-loss"), byId("lw-readout"));
+    this.log = new Log(byId("lw-log"), byId("lw-follow"));
+    this.samples = new Samples();
+    this.pinned = new URLSearchParams(location.hash.slice(1)).get("run") || "";
+    this.failures = 0;
+    this.forget("");
+    for (const word of ["sample", "save", "stop"]) byId(`lw-${word}-now`).addEventListener("click", () => this.request(word));
+    byId("lw-kill").addEventListener("click", () => this.kill());
+    byId("lw-latest").addEventListener("click", () => this.watch(""));
+    byId("lw-log-file").addEventListener("click", (event) => { event.preventDefault(); this.download("log.txt"); });
+    document.addEventListener("visibilitychange", () => { if (!document.hidden) this.soon(0); });
+    this.poll();
+  }
+
+  // Follow one run, or with "" whichever is the newest.
+  watch(run) {
+    this.pinned = run;
+    history.replaceState(null, "", run ? `#run=${encodeURIComponent(run)}` : location.pathname + location.search);
+    this.soon(0);
+  }
+
+  forget(run) {
+    Object.assign(this, { run, events: 0, logAt: 0, state: null, started: null, phase: null, step: null, saved: [], warnings: [], ended: null, answer: null });
+    this.chart.clear();
+    this.samples.clear();
+    this.log.clear();
+  }
+
+  soon(delay_ms) {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.poll(), delay_ms);
+  }
+
+  // One question at a time; the next only after the answer to the last.
+  async poll() {
+    if (this.asking || !byId("live").isConnected) { this.again = this.asking; return; }
+    this.asking = true;
+    let wait;
+    try {
+      const answer = await this.server.poll({ run: this.run, follow: this.pinned, events: this.events, log: this.logAt });
+      this.failures = 0;
+      wait = this.take(answer);
+    } catch (error) {
+      this.failures += 1;
+      wait = Math.min(15000, 1000 * 2 ** Math.min(this.failures - 1, 4));
+      this.unreachable(error);
+    }
+    this.asking = false;
+    if (this.again) wait = 0;
+    this.again = false;
+    this.soon(wait);
+  }
+
+  // Take an answer in; returns how long to wait before the next question.
+  take(answer) {
+    this.offset_s = answer.now - Date.now() / 1000;
+    if (answer.run !== this.run || answer.from !== this.events) this.forget(answer.run);
+    if (answer.run === null) { this.idle(); return document.hidden ? 5000 : 2000; }
+    this.answer = answer;
+    this.state = answer.state;
+    this.events = answer.events;
+    if (answer.log_from !== this.logAt && this.logAt) this.log.clear();
+    this.logAt = answer.log;
+    for (const key of ["started", "phase", "step", "ended"]) if (answer[key]) this[key] = answer[key];
+    this.saved.push(...answer.saved);
+    this.warnings.push(...answer.warnings);
+    this.chart.add(answer.points);
+    if (this.samples.add(answer.samples)) this.chart.samples = this.samples.steps();
+    if (answer.points.length || answer.samples.length || !this.drawn) this.chart.draw();
+    this.drawn = true;
+    this.log.add(answer.text);
+    this.show();
+    if (answer.more || answer.log < answer.log_size && answer.text) return 0;
+    if (document.hidden) return 5000;
+    return ["starting", "running", "stopping"].includes(this.state) ? 1000 : 2000;
+  }
+
+  idle() {
+    this.state = null;
+    this.pill("idle", "no run yet");
+    this.say("Load a preset, press Start training, and watch it here.");
+    this.progress(0, 0);
+    this.buttons();
+    byId("lw-run").textContent = "";
+    this.chart.draw();
+    document.title = "Lorawright";
+  }
+
+  unreachable(error) {
+    if (this.failures < 2) return;
+    const text = String(error?.message || error);
+    const login = /401|Unauthorized|not authenticated/i.test(text);
+    this.pill("unreachable", login ? "logged out" : "server unreachable");
+    this.say(login ? "Reload the page to log in again. Training is not affected." : "Training is not affected. Trying again …");
+    document.title = "⚠ Lorawright";
+  }
+
+  show() {
+    const { answer, state, step, phase } = this;
+    const now = answer.now, total = step?.total || this.started?.total_steps || 0;
+    const working = phase && phase.name !== "training" && (!step || phase.time >= step.time) ? phase : null;
+    const doing = working ? working.name + (working.total ? ` ${working.done}/${working.total}` : "") : "";
+    byId("lw-run").textContent = this.run;
+    byId("lw-run").title = this.run;
+    byId("lw-latest").hidden = !this.pinned;
+
+    const quiet = now - answer.last_event;
+    const alive = ["starting", "running", "stopping"].includes(state);
+    let look = state, short = state, sentence = "";
+    if (state === "starting") {
+      short = `starting · ${doing || "launching the trainer"}`;
+      sentence = this.started ? this.outline() : "";
+    } else if (state === "running") {
+      const parts = [`${step.step}/${total}`, `epoch ${step.epoch}/${step.epochs}`];
+      if (step.steps_per_s > 0) parts.push(step.steps_per_s >= 1 ? `${step.steps_per_s.toFixed(1)} it/s` : `${(1 / step.steps_per_s).toFixed(1)} s/it`);
+      const eta = step.steps_per_s > 0 && step.step - (this.started?.first_step || 1) + 1 >= ETA_FROM_STEP ? (total - step.step) / step.steps_per_s : null;
+      if (eta !== null) parts.push(`ETA ${duration(eta)}`);
+      if (step.memory_bytes) parts.push(`${(step.memory_bytes / 2 ** 30).toFixed(1)} GB`);
+      short = `running ${parts.join(" · ")}`;
+      sentence = doing ? `Now: ${doing}` : this.outline();
+    } else if (state === "stopping") {
+      short = step ? `stopping · saving at step ${step.step}` : "stopping";
+      sentence = doing ? `Now: ${doing}. Then it stops.` : "The step it is in is finished and saved.";
+    } else if (state === "stopped" || state === "done") {
+      const end = this.ended;
+      short = state === "done" ? `done · ${end?.step ?? ""} steps` : `stopped · at step ${end?.step ?? step?.step ?? 0}`;
+      sentence = end?.path && end.path !== "None" ? `${end.path}${end.seconds ? ` · ${duration(end.seconds)}` : ""}` : "Nothing had been trained yet.";
+    } else if (state === "crashed") {
+      short = `crashed${step ? ` · at step ${step.step}` : ""}`;
+    }
+    if (alive && quiet > QUIET_S) {
+      look = "quiet";
+      sentence = `No sign of life for ${duration(quiet)}${doing ? `, in: ${doing}` : step ? `, after step ${step.step}` : ""}. Large models can take that long; the log may tell.`;
+    }
+    this.pill(look, short);
+    this.say(sentence);
+    this.progress(working && state === "starting" ? working.done : step?.step || 0, working && state === "starting" ? working.total : total, alive);
+    this.crash(state === "crashed" ? answer.cause : null);
+    this.files();
+    this.buttons();
+    const percent = total && step ? `${Math.floor((100 * step.step) / total)} % ` : "";
+    document.title = `${{ running: `▶ ${percent}`, starting: "… ", stopping: "■ ", done: "✓ ", stopped: "■ ", crashed: "✗ " }[state] || ""}Lorawright`;
+    this.warn();
+  }
+
+  outline() {
+    const s = this.started;
+    return s ? `${s.images} image${s.images === 1 ? "" : "s"} · ${s.family} · ${s.device} · ${s.precision} · seed ${s.seed}` : "";
+  }
+
+  pill(look, text) {
+    const pill = byId("lw-pill");
+    pill.dataset.state = look;
+    if (pill.textContent !== text) pill.textContent = text;
+  }
+
+  say(text) {
+    const node = byId("lw-sentence");
+    if (node.textContent !== text) node.textContent = text;
+  }
+
+  progress(done, total, alive = false) {
+    const bar = byId("lw-progress");
+    bar.setAttribute("aria-valuemax", String(total || 1));
+    bar.setAttribute("aria-valuenow", String(done));
+    bar.classList.toggle("lw-waiting", alive && !total);
+    bar.firstElementChild.style.width = `${total ? (100 * done) / total : 0}%`;
+  }
+
+  buttons() {
+    const { state, answer } = this;
+    const busy = state === "starting" || state === "running";
+    byId("lw-sample-now").disabled = byId("lw-save-now").disabled = state !== "running";
+    byId("lw-stop-now").disabled = !busy;
+    byId("lw-kill").hidden = !(state === "stopping" && answer.stop_asked && answer.now - answer.stop_asked > KILL_AFTER_S);
+    byId("lw-actions").hidden = !(busy || state === "stopping");
+  }
+
+  warn() {
+    const node = byId("lw-warnings");
+    if (node.childElementCount === this.warnings.length) return;
+    node.replaceChildren(...this.warnings.map((w) => make("li", {}, [w.message, w.hint].filter(Boolean).join(" "))));
+    byId("lw-warnings-box").hidden = !this.warnings.length;
+    byId("lw-warnings-count").textContent = `${this.warnings.length} warning${this.warnings.length === 1 ? "" : "s"}`;
+  }
+
+  crash(cause) {
+    const node = byId("lw-crash");
+    node.hidden = !cause;
+    const key = JSON.stringify(cause);
+    if (!cause || node.dataset.cause === key) return;
+    node.dataset.cause = key;
+    node.replaceChildren(
+      make("strong", {}, cause.title), make("p", {}, cause.message), cause.hint ? make("p", {}, cause.hint) : "",
+      make("p", { class: "lw-row" },
+        ...cause.keys.filter((k) => this.form.known(k)).map((k) =>
+          make("button", { class: "lw-link lw-control", type: "button", onclick: () => this.form.focus(k) }, this.form.label(k))),
+        make("button", { class: "lw-link", type: "button", onclick: () => this.download("log.txt") }, "Whole log")));
+  }
+
+  files() {
+    const node = byId("lw-saved");
+    const ready = this.saved.filter((s) => s.what !== "state");
+    if (node.dataset.count === `${this.run}:${ready.length}`) return;
+    node.dataset.count = `${this.run}:${ready.length}`;
+    const latest = ready.slice(-6).reverse();
+    const name = (path) => path.split(/[\\/]/).pop();
+    node.replaceChildren(...latest.map((s) =>
+      make("button", { class: `lw-button ${s.what === "final" ? "lw-primary" : ""}`, type: "button", title: s.path,
+        onclick: () => this.download(name(s.path)) }, `↓ ${name(s.path)}`)));
+    if (ready.length > latest.length) node.append(make("span", { class: "lw-facts" }, `and ${ready.length - latest.length} earlier`));
+  }
+
+  async request(word) {
+    byId(`lw-${word}-now`).disabled = true;
+    try {
+      await this.server.control({ run: this.run, word });
+    } catch (error) {
+      this.say(`The request did not reach the server: ${error?.message || error}`);
+    }
+    this.soon(word === "stop" ? 0 : 1000);
+  }
+
+  async kill() {
+    const text = make("p", {}, "The trainer ends at once. What it learned since the last saved file is lost.");
+    if ((await ask("Kill the trainer?", text, [["", "Leave it"], ["kill", "Kill", "lw-danger"]])) !== "kill") return;
+    await this.request_kill();
+  }
+
+  async request_kill() {
+    await this.server.control({ run: this.run, word: "kill" });
+    this.soon(0);
+  }
+
+  async download(name) {
+    const answer = await this.server.download({ run: this.run, name });
+    if (!answer.path) { this.say(`${name} is no longer there.`); return; }
+    const link = make("a", { href: fileAddress(answer.path), download: name });
+    document.body.append(link);
+    link.click();
+    link.remove();
+  }
+}
+
+function duration(seconds) {
+  if (seconds < 60) return `${Math.max(1, Math.round(seconds))} s`;
+  if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
+  const hours = Math.floor(seconds / 3600);
+  return `${hours} h ${Math.round((seconds - hours * 3600) / 60)} min`;
+}

@@ -1,0 +1,105 @@
+"""A stand-in for `python -m trainer` that needs no torch: it writes a run's events and nothing is learned.
+
+How it behaves is said in the preset's `training_comment`, as words:
+    steps=N  pause=SECONDS a step  crash  killed  exit=CODE  deaf (takes no requests)  silent (no steps at all)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from trainer import kohya
+from trainer.errors import ConfigError
+from trainer.events import Ended, EventLog, Failed, Phase, Sample, Saved, Started, Step, Warned
+from trainer.run import Run
+from trainer.schema import parse
+
+
+def check(path: Path) -> int:
+    preset = kohya.load(path)
+    try:
+        parse(preset.values)
+    except ConfigError as error:
+        found = [problem.__dict__ for problem in error.problems]
+        print(json.dumps({"problems": found, "notes": [], "summary": {}}))
+        return 2
+    notes = [note.__dict__ for note in preset.notes]
+    summary = {"images": 4, "buckets": [[64, 64, 4]], "repeats": 8, "total_steps": 80, "epochs": 10, "family": "fake"}
+    print(json.dumps({"problems": [], "notes": notes, "summary": summary}))
+    return 0
+
+
+def train(path: Path, folder: Path) -> int:
+    values = kohya.load(path).values
+    words = dict(word.partition("=")[::2] for word in str(values.get("training_comment", "")).split())
+    total, pause = int(words.get("steps", 20)), float(words.get("pause", 0.02))
+    run = Run(folder)
+    run.claim()
+    events = EventLog(run.events)
+    print("fake trainer\nloading:  10%\rloading: 100%\nümlaut 🐈", flush=True)
+    events.emit(Phase("loading the base model"))
+    time.sleep(pause)
+    events.emit(Phase("caching latents", 2, 4))
+    time.sleep(pause)
+    events.emit(Started("fake", "Fake Diffusion", "cpu", "no", 4, 8, 10, total, 1, 42))
+    if "silent" in words:
+        time.sleep(60)
+    prompts = [p for p in str(values.get("sample_prompts", "")).splitlines() if p] or ["a cat", "a dog"]
+    sample(run, events, 0, prompts)
+    events.emit(Warned("Mixed precision fp16 needs a GPU; bf16 is used instead.", "Set Mixed precision to bf16 or no."))
+    offset = 0
+    for step in range(1, total + 1):
+        time.sleep(pause)
+        loss = 0.1 + 0.3 * math.exp(-step / 40) + 0.03 * math.sin(step * 12.9)
+        events.emit(Step(step, total, 1 + step // 8, 10, loss, 1e-4, 5e-5, 1 / (pause + 0.001), 3 * 2**30))
+        if step == total // 2:
+            for word in words:
+                if word == "crash":
+                    print("Traceback (most recent call last):\nMemoryError", flush=True)
+                    events.emit(Failed("out_of_memory", "The memory is full.", "Lower Train batch size."))
+                    return 1
+                if word == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if word == "exit":
+                    print("something odd happened", flush=True)
+                    return int(words["exit"])
+        asked, offset = run.requests(offset) if "deaf" not in words else ([], 0)
+        if "sample" in asked or step % max(1, total // 4) == 0:
+            sample(run, events, step, prompts)
+        if "save" in asked:
+            save(run, events, step, "intermediate")
+        if "stop" in asked:
+            path = save(run, events, step, "final")
+            events.emit(Ended("stopped", step, path, 1.0))
+            return 3
+    events.emit(Ended("done", total, save(run, events, total, "final"), 1.0))
+    return 0
+
+
+def sample(run: Run, events: EventLog, step: int, prompts: list[str]) -> None:
+    run.samples.mkdir(exist_ok=True)
+    for index, prompt in enumerate(prompts):
+        path = run.samples / f"{step:06d}_{index}.png"
+        Image.new("RGB", (96, 96), (40 * (index + 1) % 255, step * 5 % 255, 160)).save(path)
+        events.emit(Sample(f"samples/{path.name}", prompt, index, 7, step))
+
+
+def save(run: Run, events: EventLog, step: int, what: str) -> str:
+    run.output.mkdir(exist_ok=True)
+    path = run.output / ("last.safetensors" if what == "final" else f"last-step{step:08d}.safetensors")
+    path.write_bytes(b"not really weights" * 100)
+    events.emit(Saved(str(path), step, 1, what))
+    return str(path)
+
+
+if __name__ == "__main__":
+    command, *rest = sys.argv[1:]
+    sys.exit(check(Path(rest[0])) if command == "check" else train(Path(rest[0]), Path(rest[2])))
