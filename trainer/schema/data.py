@@ -11,18 +11,15 @@ from trainer.schema.declare import Group, Section, parameter
 
 def parse_size(value: Any) -> Any:
     """ "512,768" or "512" as (width, height) in pixels. Raises ValueError with the form wanted."""
-    if isinstance(value, int):
-        return value, value
-    if not isinstance(value, str):
-        return value
     try:
-        sides = [int(side) for side in value.replace("x", ",").split(",")]
-    except ValueError:
+        parts = value if isinstance(value, list | tuple) else str(value).replace("x", ",").split(",")
+        sides = [int(side) for side in parts]
+    except (TypeError, ValueError):
         sides = []
     if len(sides) == 1:
         sides *= 2
-    if len(sides) != 2 or min(sides) < 64:
-        raise ValueError(f'"{value}" is not "width,height" in pixels, each 64 or more')
+    if len(sides) != 2 or not 64 <= min(sides) <= max(sides) <= 8192:
+        raise ValueError(f'"{value}" is not "width,height" in pixels, each from 64 to 8192')
     return sides[0], sides[1]
 
 
