@@ -31,7 +31,9 @@ def test_without_a_base_model_the_embedded_one_is_meant():
 
 def test_a_missing_path_is_told_by_what_exists_of_it(tmp_path):
     message = absent(str(tmp_path / "a" / "b"), "folder")
-    assert message == f'there is no folder "{tmp_path / "a" / "b"}"; of its path, "{tmp_path}" exists. Correct the path.'
+    assert (
+        message == f'there is no folder "{tmp_path / "a" / "b"}"; of its path, "{tmp_path}" exists. Correct the path.'
+    )
 
 
 def test_any_path_can_be_shown():

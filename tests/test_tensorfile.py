@@ -44,6 +44,12 @@ def test_a_file_without_metadata_or_tensors_is_sound(tmp_path):
     assert header(written(tmp_path, save({}))).tensors == {}
 
 
+@pytest.mark.parametrize("mark", [b"\x80\x02", b"\x80\x04", b"\x1f\x8b"])
+def test_a_header_whose_length_looks_like_another_format_is_sound(tmp_path, mark):
+    text = b"{}".ljust(int.from_bytes(mark, "little"))
+    assert header(written(tmp_path, struct.pack("<Q", len(text)) + text)).tensors == {}
+
+
 def test_a_missing_file_a_folder_and_an_empty_file_are_told_apart(tmp_path):
     with pytest.raises(ModelError, match="There is no file"):
         header(tmp_path / "nothing.safetensors")
@@ -73,7 +79,7 @@ def test_other_formats_are_named(tmp_path):
     assert "is not a .safetensors file" in refused(b"1234567")
 
 
-@pytest.mark.parametrize("keep", [9, 60, len(SOUND) // 2, len(SOUND) - 1])
+@pytest.mark.parametrize("keep", [9, 60, 100, len(SOUND) // 2, len(SOUND) - 1])
 def test_a_cut_off_file_is_recognised(tmp_path, keep):
     with pytest.raises(ModelError, match=r"is cut off|not a \.safetensors"):
         header(written(tmp_path, SOUND[:keep]))

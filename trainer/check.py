@@ -256,7 +256,9 @@ def _places(config: Config, pictures: tuple[Picture, ...]) -> tuple[list[Size] |
     names = "; ".join(f'"{shown(p.path)}": {refused[p.size].message.rstrip(".")}' for p in small[:5])
     more = f"; and {len(small) - 5} more" if len(small) > 5 else ""
     hint = refused[small[0].size].hint
-    return None, [_problem("bucket_no_upscale", f"{len(small)} image(s) are too small or narrow: {names}{more}. {hint}")]
+    return None, [
+        _problem("bucket_no_upscale", f"{len(small)} image(s) are too small or narrow: {names}{more}. {hint}")
+    ]
 
 
 def _output(config: Config) -> Iterator[Problem]:
@@ -282,7 +284,9 @@ def _output(config: Config) -> Iterator[Problem]:
         )
     else:
         yield _problem(
-            "output_name", f'"{shown(file)}" exists already and will be replaced. Choose another name to keep it.', "warning"
+            "output_name",
+            f'"{shown(file)}" exists already and will be replaced. Choose another name to keep it.',
+            "warning",
         )
 
 

@@ -88,12 +88,14 @@ def header(path: Path) -> Header:
             raise ModelError(f'"{name}" is not a regular file.', "Name a .safetensors file.")
         with path.open("rb") as file:
             start = file.read(512)
-            _refuse_other_formats(name, info.st_size, start)
+            # The JSON's first byte. The length before it can look like any other format's mark.
+            if start[8:9] != b"{":
+                raise _other_format(name, info.st_size, start)
             (length,) = struct.unpack("<Q", start[:8])
             if length > LARGEST_HEADER:
                 raise _not_safetensors(name)
             if 8 + length > info.st_size:
-                raise _truncated(name, info.st_size) if start[8:9] == b"{" else _not_safetensors(name)
+                raise _truncated(name, info.st_size)
             file.seek(8)
             text = file.read(length)
     except FileNotFoundError as error:
@@ -146,24 +148,24 @@ def _tensor(name: str, key: str, entry: Any) -> tuple[TensorInfo, tuple[int, int
     return TensorInfo(dtype, tuple(shape)), (begin, end)
 
 
-def _refuse_other_formats(name: str, size: int, start: bytes) -> None:
+def _other_format(name: str, size: int, start: bytes) -> ModelError:
+    """What a file is that does not begin as a .safetensors file does."""
     if size == 0:
-        raise ModelError(f'"{name}" is empty.', "Its download or copy failed; fetch it again.")
+        return ModelError(f'"{name}" is empty.', "Its download or copy failed; fetch it again.")
     if start.startswith(b"version https://git-lfs"):
-        raise ModelError(
+        return ModelError(
             f'"{name}" is a git-lfs pointer of {size} bytes, not the file itself.',
             'Run "git lfs pull" in its folder, or download the file itself.',
         )
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ModelError(
+        return ModelError(
             f'"{name}" is a web page, not a model.',
             "The download gave a page (a log-in or an error) instead of the file; fetch it again.",
         )
     for magic, what in _OTHER_FORMATS:
         if start.startswith(magic):
-            raise ModelError(f'"{name}" is {what}, not a .safetensors file.', "Name a .safetensors file.")
-    if size < 10:
-        raise _not_safetensors(name)
+            return ModelError(f'"{name}" is {what}, not a .safetensors file.', "Name a .safetensors file.")
+    return _not_safetensors(name)
 
 
 def _not_safetensors(name: str) -> ModelError:

@@ -129,6 +129,10 @@ def test_bounds_widen_to_whole_steps():
     assert ranged((512, 512), 300, 1000, 64) == ranged((512, 512), 256, 1024, 64)
 
 
+def test_an_immense_range_takes_no_time():
+    assert ranged((512, 512), 256, 10**12, 8) == ranged((512, 512), 256, 1024, 8)
+
+
 def reference():
     return json.loads(REFERENCE.read_text()) if REFERENCE.exists() else []
 

@@ -24,7 +24,9 @@ def test_a_caption_is_left_as_it_is():
 def test_shuffling_gives_every_order_of_the_same_parts():
     orders = set(drawn(Captions(shuffle=True), reads=600))
     assert len(orders) == 24
-    assert {frozenset(order.split(", ")) for order in orders} == {frozenset({"sks cat", "sitting", "roof", "evening sky"})}
+    assert {frozenset(order.split(", ")) for order in orders} == {
+        frozenset({"sks cat", "sitting", "roof", "evening sky"})
+    }
 
 
 def test_kept_parts_stay_in_front():
@@ -66,5 +68,7 @@ def test_tags_are_counted_by_folder_in_lower_case_without_repeats():
     def picture(caption, folder):
         return Picture(Path("x.png"), caption, 10, (1, 1), folder, False, "cat")
 
-    data = Dataset((picture("Cat, roof,", "3_a"), picture("cat ,sky", "3_a"), picture("cat", "1_b"), picture(None, "1_c")), ())
+    data = Dataset(
+        (picture("Cat, roof,", "3_a"), picture("cat ,sky", "3_a"), picture("cat", "1_b"), picture(None, "1_c")), ()
+    )
     assert tag_frequency(data) == {"3_a": {"cat": 2, "roof": 1, "sky": 1}, "1_b": {"cat": 1}, "1_c": {}}

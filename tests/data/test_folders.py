@@ -234,6 +234,15 @@ def test_zero_repeats_leave_a_folder_out(tmp_path, put):
     assert len(scan(Folders(images=str(tmp_path)), TXT).pictures) == 1
 
 
+@pytest.mark.parametrize(("name", "severity"), [("2023", "warning"), ("1500_x", "warning"), ("20230915_trip", "error")])
+def test_a_year_or_date_in_front_is_not_taken_for_repeats_in_silence(tmp_path, put, name, severity):
+    put("1_x/a.jpg", "x")
+    put(f"{name}/a.jpg", "x")
+    (problem,) = look(tmp_path)
+    assert problem.severity == severity
+    assert f'"{name}" is read as {name.split("_")[0]} repeats' in problem.message
+
+
 def test_nothing_but_zero_repeats_is_an_error(tmp_path, put):
     put("0_dog/b.jpg", "x")
     assert "no images are left" in errors(look(tmp_path))[0]

@@ -101,7 +101,7 @@ def ranged(resolution: Size, smallest: int, largest: int, step: int) -> list[Siz
     area = resolution[0] * resolution[1]
     square = math.isqrt(area) // step * step
     found = {(square, square)} if square else set()
-    for width in range(smallest, largest + 1, step):
+    for width in range(smallest, min(largest, area // smallest) + 1, step):
         height = min(largest, area // width // step * step)
         if height >= smallest:
             found |= {(width, height), (height, width)}

@@ -28,6 +28,9 @@ CAPTION_SUFFIXES = (".caption", ".txt", ".cap")
 DECODING_S = 60.0
 """Seconds that looking for damaged images may take; what is left then is only opened."""
 
+MOST_REPEATS = 10_000
+"""Above it the number in a folder's name is surely a date or an index."""
+
 _NUMBERED = re.compile(r"(\d{1,9})(?:_(.*))?", re.ASCII)
 _IMAGES, _REGULARISATION, _EXTENSION = "train_data_dir", "reg_data_dir", "caption_extension"
 
@@ -211,13 +214,13 @@ class _Folder:
                 self.problem(f'"{shown(group.path.name)}" holds no images ({_kinds()}).', "warning")
             elif group.repeats == 0:
                 self.problem(f'"{shown(group.path.name)}" is left out: its name says 0 repeats.', "warning")
-            else:
+            elif group.repeats <= MOST_REPEATS:
                 self.groups.append(group)
-            if group.names and group.class_tokens == "" and "_" not in group.path.name and group.repeats >= 1000:
+            if group.names and group.repeats >= 1000:
                 self.problem(
-                    f'"{group.path.name}" is read as {group.repeats} repeats. If it is not meant so, rename it '
+                    f'"{shown(group.path.name)}" is read as {group.repeats} repeats. If it is not meant so, rename it '
                     'to NN_name, for instance "1_cat".',
-                    "warning",
+                    "error" if group.repeats > MOST_REPEATS else "warning",
                 )
         if here.names:
             self.problem(

@@ -82,7 +82,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except DataError:
         raise
     except Exception as error:  # damaged files make Pillow raise nearly anything: struct.error, IndexError, …
-        raise DataError(f'"{shown(path)}" cannot be read as an image: {_why(error)}.', "Replace or remove it.") from error
+        raise DataError(
+            f'"{shown(path)}" cannot be read as an image: {_why(error)}.', "Replace or remove it."
+        ) from error
 
 
 def _why(error: Exception) -> str:

@@ -243,7 +243,9 @@ def _no_model_in(path: Path) -> ModelError:
     hint = "Enter a folder in diffusers' layout, or one .safetensors file."
     if files or inner:
         hint = f'Enter what is in it, for instance "{shown(path / (inner or files)[0])}".'
-    return ModelError(f'"{shown(path)}" is a folder, but not of a diffusers model (no model_index.json, no unet).', hint)
+    return ModelError(
+        f'"{shown(path)}" is a folder, but not of a diffusers model (no model_index.json, no unet).', hint
+    )
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -292,7 +294,9 @@ def check_vae(text: str) -> None:
         channels = config["latent_channels"]
     else:
         tensors = header(path).tensors
-        first = next((n for n in ("first_stage_model.decoder.conv_in.weight", "decoder.conv_in.weight") if n in tensors), "")
+        first = next(
+            (n for n in ("first_stage_model.decoder.conv_in.weight", "decoder.conv_in.weight") if n in tensors), ""
+        )
         if not first or len(tensors[first].shape) != 4:
             what = _other_than_a_base_model(tensors)
             raise ModelError(
@@ -322,7 +326,13 @@ def read_lora(text: str) -> Lora:
             f'"{shown(path)}" is {what}; its tensors are not named lora_unet_… or lora_te_….',
             "Name a LoRA made by this program, kohya_ss or sd-scripts.",
         )
-    for mark, what in ((".hada_", "LoHa"), (".lokr_", "LoKr"), (".oft_", "OFT"), (".on_input", "iA3"), (".dora_scale", "DoRA")):
+    for mark, what in (
+        (".hada_", "LoHa"),
+        (".lokr_", "LoKr"),
+        (".oft_", "OFT"),
+        (".on_input", "iA3"),
+        (".dora_scale", "DoRA"),
+    ):
         if mark in names:
             raise ModelError(f'"{shown(path)}" is a {what} file, not a Standard LoRA.', "Name a Standard LoRA.")
     downs = {n: t for n, t in tensors.items() if n.endswith(".lora_down.weight") and t.shape}
