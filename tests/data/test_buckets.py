@@ -12,7 +12,6 @@ from trainer.data.buckets import Buckets, ranged
 from trainer.errors import DataError
 from trainer.schema.data import Data
 
-REFERENCE = Path(__file__).parent / "reference" / "buckets.json"
 sides = st.integers(1, 12_000)
 sizes = st.tuples(sides, sides)
 resolutions = st.tuples(st.integers(256, 1280), st.integers(256, 1280))
@@ -133,10 +132,25 @@ def test_an_immense_range_takes_no_time():
     assert ranged((512, 512), 256, 10**12, 8) == ranged((512, 512), 256, 1024, 8)
 
 
-def reference():
-    return json.loads(REFERENCE.read_text()) if REFERENCE.exists() else []
+REFERENCE = json.loads((Path(__file__).parent / "reference" / "buckets.json").read_text())
 
 
-@pytest.mark.skipif(not REFERENCE.exists(), reason="the reference numbers of sd-scripts are not there")
-def test_buckets_equal_those_of_sd_scripts():
-    raise NotImplementedError
+@pytest.mark.parametrize(
+    "case", REFERENCE["settings"], ids=lambda case: "{max_resolution}-{steps}-{max_bucket}-{no_upscale}".format(**case)
+)
+def test_buckets_equal_those_of_sd_scripts_and_what_fails_there_is_refused_here(case):
+    placed = buckets(
+        case["max_resolution"],
+        bucket_no_upscale=case["no_upscale"],
+        bucket_reso_steps=case["steps"],
+        min_bucket_reso=case["min_bucket"],
+        max_bucket_reso=case["max_bucket"],
+    )
+    assert [list(choice) for choice in placed.choices] == case.get("buckets", [])
+    for image, expected in zip(REFERENCE["image_sizes"], case["results"], strict=True):
+        if isinstance(expected, str) or 0 in expected[:2]:
+            with pytest.raises(DataError):
+                placed.place(tuple(image))
+        else:
+            placement = placed.place(tuple(image))
+            assert [*placement.bucket, *placement.resized, *placement.crop] == expected, image

@@ -1,5 +1,6 @@
 """What a caption becomes when it is read."""
 
+import json
 import random
 from pathlib import Path
 
@@ -72,3 +73,23 @@ def test_tags_are_counted_by_folder_in_lower_case_without_repeats():
         (picture("Cat, roof,", "3_a"), picture("cat ,sky", "3_a"), picture("cat", "1_b"), picture(None, "1_c")), ()
     )
     assert tag_frequency(data) == {"3_a": {"cat": 2, "roof": 1, "sky": 1}, "1_b": {"cat": 1}, "1_c": {}}
+
+
+REFERENCE = json.loads((Path(__file__).parent / "reference" / "captions.json").read_text())
+OURS = {"shuffle_caption", "keep_tokens", "caption_dropout_rate", "caption_dropout_every_n_epochs"}
+CASES = [
+    case
+    for case in REFERENCE["process_caption"] + REFERENCE["shuffled"]
+    # Of several lines only the first is taken already when the file is read.
+    if set(case["set"]) <= OURS and "\n" not in case["caption"]
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_random_numbers_make_of_a_caption_what_sd_scripts_makes(case):
+    rng = random.Random(case.get("python_random_seed", 0))
+    assert draw(case["caption"], Captions(**case["set"]), rng, case.get("epoch", 0)) == case["result"]
+
+
+def test_there_are_reference_captions_for_each_setting():
+    assert {key for case in CASES for key in case["set"]} == OURS
