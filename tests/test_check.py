@@ -1,10 +1,10 @@
 """The check before the start: it finds everything, all at once, and never stumbles."""
 
 import json
-import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,7 +245,7 @@ def test_a_folder_need_not_exist_and_is_not_made(settings, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which nobody can write")
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which nobody can write")
 def test_a_folder_that_cannot_be_written_to_is_refused(settings):
     problem = one(settings | {"output_dir": "/proc/self/out"})
     assert '(output_dir): "/proc/self/out" cannot be written to' in problem

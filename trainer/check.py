@@ -72,7 +72,7 @@ def problems(preset: Preset, decode: bool = True) -> Checked:
     places, place_problems = _places(config, survey.dataset.pictures)
     found += [
         *model_problems,
-        *_vae(config),
+        *_vae(config, model),
         *_network_weights(config, model),
         *survey.problems,
         *place_problems,
@@ -180,10 +180,10 @@ def _model(config: Config) -> tuple[Found | None, list[Problem]]:
     return found, wrong
 
 
-def _vae(config: Config) -> Iterator[Problem]:
+def _vae(config: Config, model: Found | None) -> Iterator[Problem]:
     if config.model.vae:
         try:
-            families.check_vae(config.model.vae)
+            families.check_vae(config.model.vae, model)
         except LorawrightError as error:
             yield _problem("vae", error)
 

@@ -51,6 +51,10 @@ class TrainingError(LorawrightError):
         self.kind = kind
 
 
+class Stopped(Exception):  # noqa: N818  no error: a wish
+    """The user asked for a stop while there was nothing to save yet."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with the settings: the control's key and label, and what to do."""

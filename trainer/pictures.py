@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 def draw_samples(s: Session, step: int) -> None:
     """Draw every prompt with the model as it is now. A prompt that fails is reported, not fatal.
 
+    Raises Stopped when a stop is asked for meanwhile.
+
     A prompt without a seed has one that follows from the run's seed and its place, so that its
     pictures at different steps can be compared.
     """
@@ -29,7 +31,7 @@ def draw_samples(s: Session, step: int) -> None:
         seed = prompt.seed if prompt.seed is not None else seed_for(s.seed, "sample", index) % 2**32
         size = prompt.width or s.config.data.resolution[0], prompt.height or s.config.data.resolution[1]
         try:
-            image = sampling.draw(s.model, prompt, s.config.samples.sampler, size, seed)
+            image = sampling.draw(s.model, prompt, s.config.samples.sampler, size, seed, s.check)
         except (ValueError, RuntimeError) as error:
             log.exception("sample %d failed", index + 1)
             s.emit(Warned(f"Sample prompt {index + 1} could not be drawn: {error}", "Training goes on."))

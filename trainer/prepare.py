@@ -52,14 +52,15 @@ class Session:
     description: metadata.Description
     prompts: list[Prompt]
     output: Path
-
-    @property
-    def trains_text_encoder(self) -> bool:
-        return bool(self.network.parameters_of("text_encoder"))
+    check: Callable[[], None]
 
 
-def prepare(config: Config, run: Run, emit: Emit, stopping: Callable[[], bool] = lambda: False) -> Session:
-    """Load and build all parts of a training. Raises a LorawrightError naming what does not work."""
+def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = lambda: None) -> Session:
+    """Load and build all parts of a training.
+
+    `check` is called between pieces of work and may raise to end it. Raises a LorawrightError
+    naming what does not work.
+    """
     training = config.training
     torch.set_num_threads(training.threads)
     accelerator, precision = _accelerator(config, emit)
@@ -84,8 +85,12 @@ def prepare(config: Config, run: Run, emit: Emit, stopping: Callable[[], bool] =
     _choose_attention(model, training.attention, accelerator.device, emit)
     if training.checkpointing:
         model.unet.enable_gradient_checkpointing()
-        model.text_encoder.gradient_checkpointing_enable()
+        model.text_encoder.activation_checkpointing_enable()
         model.text_encoder.train()
+
+    def progress(done: int, total: int) -> None:
+        emit(Phase("caching latents", done, total))
+        check()
 
     latents = None
     if config.data.cache_latents:
@@ -97,8 +102,7 @@ def prepare(config: Config, run: Run, emit: Emit, stopping: Callable[[], bool] =
             batch_size=config.data.vae_batch_size or training.batch_size,
             dtype=torch.float32 if precision == "no" else torch.float16,
             to_disk=config.data.cache_to_disk,
-            progress=lambda done, total: emit(Phase("caching latents", done, total)),
-            stopping=stopping,
+            progress=progress,
         )
         if accelerator.device.type != "cpu":
             model.vae.to("cpu")
@@ -135,6 +139,7 @@ def prepare(config: Config, run: Run, emit: Emit, stopping: Callable[[], bool] =
         ),
         prompts=parse(config.samples.prompts),
         output=resolve(config.folders.output) if config.folders.output else run.output,
+        check=check,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,18 @@ def make_sampler(name: str, schedule: Schedule) -> Any:
 
 
 @torch.no_grad()
-def draw(model: Any, prompt: Prompt, sampler: str, size: tuple[int, int], seed: int) -> Image.Image:
+def draw(
+    model: Any,
+    prompt: Prompt,
+    sampler: str,
+    size: tuple[int, int],
+    seed: int,
+    check: Callable[[], None] = lambda: None,
+) -> Image.Image:
     """One picture of `prompt`, (width, height) pixels, with classifier-free guidance.
 
-    Randomness comes from `seed` alone and is drawn on the CPU, so that devices agree.
+    Randomness comes from `seed` alone and is drawn on the CPU, so that devices agree. `check` is
+    called in every step and may raise to end the drawing.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler = make_sampler(sampler, model.schedule)
@@ -64,6 +73,7 @@ def draw(model: Any, prompt: Prompt, sampler: str, size: tuple[int, int], seed: 
     states = model.text_states(model.tokens(texts))
     extra = {"generator": generator} if _takes_generator(scheduler) else {}
     for t in scheduler.timesteps:
+        check()
         noisy = scheduler.scale_model_input(latents, t).expand(len(texts), -1, -1, -1)
         answer = model.predict(noisy, t, states)
         if guided:

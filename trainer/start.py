@@ -6,42 +6,53 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from trainer import kohya
 from trainer.check import problems
-from trainer.errors import ConfigError, LorawrightError, TrainingError
-from trainer.events import Event, EventLog, Failed, Phase, Started, Warned
+from trainer.errors import ConfigError, LorawrightError, Problem, Stopped
+from trainer.events import Ended, Event, EventLog, Failed, Phase, Started, Warned
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run, new_run
+from trainer.schema import Config
 
 log = logging.getLogger("trainer")
 
 
 class Requests:
-    """What was asked of the trainer since the last look: by the control file, or by a signal."""
+    """What is asked of the trainer, by the control file or by a signal."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._offset = run.control.stat().st_size if run.control.exists() else 0
-        self._stop = False
+        self._waiting: set[str] = set()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         log.info("%s: stopping after this step", signal.Signals(number).name)
-        if self._stop and number == signal.SIGINT:
+        if "stop" in self._waiting and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._stop = True
+        self._waiting.add("stop")
 
-    def __call__(self) -> set[str]:
+    def _read(self) -> None:
         words, self._offset = self.run.requests(self._offset)
-        self._stop = self._stop or "stop" in words
-        return set(words) | ({"stop"} if self._stop else set())
+        self._waiting.update(words)
 
-    def stopping(self) -> bool:
-        """Whether a stop was asked for; other requests made meanwhile are dropped."""
-        return "stop" in self()
+    def take(self) -> set[str]:
+        """What was asked since the last look; a stop stays asked for."""
+        self._read()
+        taken = set(self._waiting)
+        self._waiting &= {"stop"}
+        return taken
+
+    def check(self) -> None:
+        """Raise Stopped if a stop was asked for: called wherever work outside the steps takes long."""
+        self._read()
+        if "stop" in self._waiting:
+            raise Stopped
 
 
 def train(preset: kohya.Preset, folder: Path | None) -> int:
@@ -62,26 +73,30 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
     except FileExistsError as error:
         print(error, file=sys.stderr)
         return EXIT_CONFIG
-    _log_to(run)
     if not run.config.exists():
         kohya.save(run.config, preset.values, preset.kept)
     events = EventLog(run.events)
-    log.info("run: %s", run.folder)
-    for note in preset.notes:
-        log.info("preset: %s", note)
-    for problem in checked.problems:
-        events.emit(Warned(str(problem)))
-        log.warning("%s", problem)
-    try:
-        return _train(checked.config, run, events)
-    except BaseException as error:
-        failed = explain(error)
-        log.critical("%s %s", failed.message, failed.hint, exc_info=not isinstance(error, LorawrightError))
-        events.emit(failed)
-        return EXIT_FAILED
+    with _logging_to(run):
+        log.info("run: %s", run.folder)
+        for note in preset.notes:
+            log.info("preset: %s", note)
+        for problem in checked.problems:
+            events.emit(Warned(str(problem)))
+            log.warning("%s", problem)
+        try:
+            return _train(checked.config, run, events)
+        except Stopped:
+            log.info("stopped before the first step; there is nothing to save")
+            events.emit(Ended("stopped", 0, "", 0.0))
+            return EXIT_STOPPED
+        except BaseException as error:
+            failed = explain(error)
+            log.critical("%s %s", failed.message, failed.hint, exc_info=not isinstance(error, LorawrightError))
+            events.emit(failed)
+            return EXIT_FAILED
 
 
-def _train(config: object, run: Run, events: EventLog) -> int:
+def _train(config: Config, run: Run, events: EventLog) -> int:
     requests = Requests(run)
 
     def emit(event: Event) -> None:
@@ -95,7 +110,7 @@ def _train(config: object, run: Run, events: EventLog) -> int:
     from trainer.loop import train as loop
     from trainer.prepare import prepare
 
-    session = prepare(config, run, emit, requests.stopping)  # type: ignore[arg-type]
+    session = prepare(config, run, emit, requests.check)
     length, pictures = session.length, session.feed.pictures
     emit(
         Started(
@@ -118,20 +133,20 @@ def _train(config: object, run: Run, events: EventLog) -> int:
         length.epochs,
         length.total_steps,
     )
-    ended = loop(session, requests)
+    ended = loop(session, requests.take)
     events.emit(ended)
     log.info("%s after step %d: %s", ended.status, ended.step, ended.path)
     return EXIT_DONE if ended.status == "done" else EXIT_STOPPED
 
 
-def _refused(found: object) -> Failed:
-    text = "; ".join(str(p) for p in found if p.severity == "error")  # type: ignore[attr-defined]
+def _refused(found: Sequence[Problem]) -> Failed:
+    text = "; ".join(str(p) for p in found if p.severity == "error")
     return Failed("config", text, "Correct the settings and start again.")
 
 
 def explain(error: BaseException) -> Failed:
     """The cause of a failure in plain words, and what to change."""
-    if isinstance(error, TrainingError | LorawrightError):
+    if isinstance(error, LorawrightError):
         return Failed(error.kind, error.message, error.hint)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return Failed(
@@ -153,11 +168,29 @@ def explain(error: BaseException) -> Failed:
     )
 
 
-def _log_to(run: Run) -> None:
-    """Log to standard output, and into the run's log unless that is where standard output goes."""
+@contextmanager
+def _logging_to(run: Run) -> Iterator[None]:
+    """Log to standard output, and to the run's log unless that is where standard output goes."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    here = os.fstat(sys.stdout.fileno())
-    if not (run.log.exists() and os.path.samestat(here, run.log.stat())):
+    if not _is_standard_output(run.log):
         handlers.append(logging.FileHandler(run.log, encoding="utf-8"))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", handlers=handlers)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.INFO)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
+
+
+def _is_standard_output(path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(sys.stdout.fileno()), path.stat())
+    except (OSError, ValueError):
+        return False

@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from trainer.errors import ModelError
-from trainer.models.families import check_vae, detect, locate, read_lora
+from trainer.models.families import CONFIGS, Found, check_vae, detect, locate, read_lora
+from trainer.models.layout import text_encoder_names, unet_names, vae_names
 
 K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
@@ -18,7 +19,13 @@ VAE = {
     "first_stage_model.encoder.conv_in.weight": (8, 3, 3, 3),
 }
 SD1_TEXT = {"cond_stage_model.transformer.text_model.final_layer_norm.weight": (768,)}
-SD1 = {FIRST: (8, 4, 3, 3), K: (8, 768), **VAE, **SD1_TEXT}
+SD1_CONFIGS = json.loads(CONFIGS.read_text())
+SD1_NAMES = {
+    name: (1,)
+    for names, part in ((unet_names, "unet"), (vae_names, "vae"), (text_encoder_names, "text_encoder"))
+    for name in names(SD1_CONFIGS[part])
+}
+SD1 = {**SD1_NAMES, FIRST: (8, 4, 3, 3), **VAE, **SD1_TEXT, K: (8, 768)}
 SD2 = {FIRST: (8, 4, 3, 3), K: (8, 1024), **VAE, "cond_stage_model.model.ln_final.weight": (1024,)}
 SDXL = {
     FIRST: (8, 4, 3, 3),
@@ -68,7 +75,7 @@ def test_the_tiny_model_is_sd1_by_the_configs_in_its_header(tiny_model):
     "metadata",
     [
         {"modelspec.prediction_type": "v"},
-        {"config": json.dumps({"scheduler": {"prediction_type": "v_prediction"}})},
+        {"config": json.dumps(SD1_CONFIGS | {"scheduler": {"prediction_type": "v_prediction"}})},
     ],
 )
 def test_velocity_prediction_is_read_where_the_file_says_so(model, metadata):
@@ -105,8 +112,28 @@ def test_other_files_are_refused_by_what_they_are(model, shapes, what):
     assert what in refusal(detect, model(shapes))
 
 
-def test_a_config_in_the_header_that_is_not_json_is_damage(model):
+def test_a_config_in_the_header_that_is_of_no_use_is_damage(model):
     assert "is damaged" in refusal(detect, model(SD1, {"config": "{"}))
+    for unet in (
+        {},
+        3,
+        SD1_CONFIGS["unet"] | {"block_out_channels": ["x"]},
+        SD1_CONFIGS["unet"] | {"down_block_types": []},
+    ):
+        assert "is damaged" in refusal(detect, model(SD1, {"config": json.dumps(SD1_CONFIGS | {"unet": unet})}))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [(K, "U-Net"), ("first_stage_model.quant_conv.bias", "VAE"), (next(iter(SD1_TEXT)), "text encoder")],
+)
+def test_a_missing_tensor_is_named_before_anything_is_loaded(model, name, part):
+    shapes = {key: shape for key, shape in SD1.items() if key != name}
+    # Without this key the width is still known from the others.
+    shapes[K.replace("input_blocks.1", "input_blocks.2")] = (8, 768)
+    message = refusal(detect, model(shapes))
+    assert "lacks 1 of the" in message
+    assert f"tensors of its {part}, the first is {name}" in message
 
 
 def test_names_on_hugging_face_and_missing_paths():
@@ -194,6 +221,10 @@ def test_a_vae_may_be_bare_inside_a_checkpoint_or_a_folder(model, folder):
 def test_what_is_no_vae_of_stable_diffusion_is_refused(model, folder):
     assert "is a LoRA, not a VAE" in refusal(check_vae, str(model(LORA)))
     assert "16 latent channels" in refusal(check_vae, str(model({"decoder.conv_in.weight": (8, 16, 3, 3)})))
+    base = Found("sd1", "epsilon", "single file", "a model", 768, vae_channels=512)
+    path = model({"decoder.conv_in.weight": (8, 4, 3, 3)})
+    with pytest.raises(ModelError, match="8 channels instead of 512"):
+        check_vae(str(path), base)
     assert "is not the folder of a VAE" in refusal(check_vae, str(folder() / "unet"))
     assert "There is no file or folder" in refusal(check_vae, "/nowhere/vae.safetensors")
 

@@ -56,7 +56,6 @@ def encode_all(
     dtype: torch.dtype,
     to_disk: bool,
     progress: Callable[[int, int], None],
-    stopping: Callable[[], bool] = lambda: False,
 ) -> list[Latents]:
     """The latents of every picture, in order; encoded in batches of one size, decoded in parallel.
 
@@ -78,15 +77,13 @@ def encode_all(
             todo[placements[i].bucket].append(i)
     batches = [group[k : k + batch_size] for group in todo.values() for k in range(0, len(group), batch_size)]
     for batch, images in _decoded_ahead(batches, pictures, placements):
-        if stopping():
-            break
         plain = _encode(model, images, [_draw(pictures[i], "plain") for i in batch]).to("cpu", dtype)
         mirrored = None
         if flip:
             turned = [np.ascontiguousarray(image[:, ::-1]) for image in images]
             mirrored = _encode(model, turned, [_draw(pictures[i], "flipped") for i in batch]).to("cpu", dtype)
         for k, i in enumerate(batch):
-            found[i] = Latents(plain[k].clone(), mirrored[k].clone() if mirrored is not None else None)
+            found[i] = Latents(_own(plain[k]), _own(mirrored[k]) if mirrored is not None else None)
             if store:
                 store.write(pictures[i], placements[i], found[i])
         done += len(batch)
@@ -107,6 +104,10 @@ def _decoded_ahead(
                 yield ready, [image.result() for image in images]
         for ready, images in waiting:
             yield ready, [image.result() for image in images]
+
+
+def _own(latents: torch.Tensor) -> torch.Tensor:
+    return latents.clone(memory_format=torch.contiguous_format)
 
 
 def _draw(picture: Picture, which: str) -> torch.Generator:
@@ -177,7 +178,9 @@ class DiskCache:
             write_whole(file, save(tensors, metadata))
         except OSError as error:
             self._refused.add(file.parent)
-            log.warning("latents are not cached in %s: %s", file.parent, error.strerror or os.strerror(error.errno or 0))
+            log.warning(
+                "latents are not cached in %s: %s", file.parent, error.strerror or os.strerror(error.errno or 0)
+            )
 
 
 def _same_picture(path: Path, metadata: dict[str, str]) -> bool:

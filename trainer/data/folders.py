@@ -108,6 +108,8 @@ def survey(folders: Folders, captions: Captions, decode: bool) -> Survey:
     regularisation = _Folder(_REGULARISATION, folders.regularisation, found)
     if not folders.images.strip():
         training.problem('is empty. Enter the folder that holds your image folders ("10_cat" and the like).')
+    if training.groups and {g.path for g in training.groups} & {g.path for g in regularisation.groups}:
+        regularisation.problem("is the same as Image folder (train_data_dir). It is for other images of the same kind.")
     suffix = caption_suffix(captions)
     deadline = time.monotonic() + DECODING_S if decode else 0.0
     parts = [_pictures(f, suffix, deadline) for f in (training, regularisation) if f.text.strip()]

@@ -92,6 +92,8 @@ def _why(error: Exception) -> str:
         return "it is none, whatever its name says"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
+    if isinstance(error, Image.DecompressionBombError):
+        return "it has more than 178 million pixels"
     if "truncated" in str(error).lower():
         return "it is cut off"
     return str(error).rstrip(".") or type(error).__name__

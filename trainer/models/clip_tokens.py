@@ -47,7 +47,7 @@ def tokenizer() -> CLIPTokenizer:
         "<|endoftext|>",
     ]
     assert len(entries) == VOCABULARY_SIZE
-    return CLIPTokenizer(vocab={entry: i for i, entry in enumerate(entries)}, merges=pairs)
+    return CLIPTokenizer(vocab={entry: i for i, entry in enumerate(entries)}, merges=pairs, model_max_length=77)
 
 
 def chunks(texts: list[str], max_tokens: int) -> list[list[list[int]]]:

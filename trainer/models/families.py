@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.errors import ModelError
+from trainer.models import layout
 from trainer.paths import absent, base_model, resolve, shown
 from trainer.tensorfile import Header, TensorInfo, header
 
 SUPPORTED = {"sd1": "Stable Diffusion 1.x"}
+CONFIGS = Path(__file__).parent.parent / "assets" / "sd1" / "configs.json"
+PARTS = {"unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder"}
 
 UNET = "model.diffusion_model."
 FIRST_LAYER = UNET + "input_blocks.0.0.weight"
@@ -25,13 +28,15 @@ Tensors = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True)
 class Found:
-    """A base model. `width` is that of the text states its U-Net attends to (SD 1.x: 768)."""
+    """A base model. `width` is that of the text states its U-Net attends to (SD 1.x: 768),
+    `vae_channels` the channels of its VAE's innermost level (SD: 512), None where not told."""
 
     family: str
     prediction: Literal["epsilon", "v_prediction"]
     layout: Literal["diffusers", "single file"]
     what: str
     width: int
+    vae_channels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,9 @@ def _file(path: Path) -> Found:
             f"{f' (the first is {next(iter(tensors))})' if tensors else ''}.",
             f"Choose a model of the family {' or '.join(SUPPORTED.values())}.",
         )
-    return Found(family, prediction, "single file", what, width)
+    if family in SUPPORTED:
+        _require_all_tensors(path, tensors, configs)
+    return Found(family, prediction, "single file", what, width, _vae_channels(tensors))
 
 
 def _family(tensors: Tensors, width: int, has_configs: bool) -> tuple[str, str]:
@@ -140,13 +147,41 @@ def _missing_part(tensors: Tensors) -> str:
     return ""
 
 
+def _require_all_tensors(path: Path, tensors: Tensors, configs: Mapping[str, Any]) -> None:
+    """Raises ModelError when a tensor is missing that the configs ask for."""
+    configs = configs or json.loads(CONFIGS.read_text())
+    tables = {"unet": layout.unet_names, "vae": layout.vae_names, "text_encoder": layout.text_encoder_names}
+    for part, names in tables.items():
+        try:
+            wanted = names(configs[part])
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise ModelError(
+                f'"{shown(path)}" is damaged: the config in its header has no usable {PARTS[part]}.',
+                "Fetch the file again.",
+            ) from error
+        missing = [name for name in wanted if name not in tensors]
+        if missing:
+            raise ModelError(
+                f'"{shown(path)}" lacks {len(missing)} of the {len(wanted)} tensors of its {PARTS[part]}, '
+                f"the first is {missing[0]}.",
+                "Name a complete checkpoint of Stable Diffusion 1.x.",
+            )
+
+
+def _vae_channels(tensors: Tensors) -> int | None:
+    for name in ("first_stage_model.decoder.conv_in.weight", "decoder.conv_in.weight"):
+        if name in tensors and len(tensors[name].shape) == 4:
+            return tensors[name].shape[0]
+    return None
+
+
 def _embedded_configs(path: Path, head: Header) -> Mapping[str, Any]:
     """The configs that the embedded base model carries in its metadata; elsewhere empty."""
     try:
         configs = json.loads(head.metadata.get("config", "{}"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f'"{shown(path)}" is damaged: its config is not JSON.', "Fetch the file again.") from error
-    return configs if isinstance(configs, dict) else {}
+    return configs if isinstance(configs, dict) and set(configs) >= set(PARTS) else {}
 
 
 def _prediction(head: Header, configs: Mapping[str, Any]) -> Literal["epsilon", "v_prediction"]:
@@ -201,7 +236,7 @@ def _folder(path: Path) -> Found:
     for start, (family, what) in _PIPELINES.items():
         if pipeline.startswith(start):
             return Found(family, "epsilon", "diffusers", what, 0)
-    parts = {part: _json(path / part / "config.json") for part in ("unet", "vae", "text_encoder")}
+    parts = {part: _json(path / part / "config.json") for part in PARTS}
     for part in parts:
         for file in _weights(path / part):
             header(file)
@@ -226,7 +261,9 @@ def _folder(path: Path) -> Found:
         family, what = f"{family}-inpainting", f"{what} for inpainting (9 input channels)"
     elif channels != 4:
         family, what = f"{family}-{channels}", f"{what} with {channels} input channels instead of 4"
-    return Found(family, prediction, "diffusers", what, width)
+    innermost = parts["vae"].get("block_out_channels")
+    channels = innermost[-1] if isinstance(innermost, list) and innermost else None
+    return Found(family, prediction, "diffusers", what, width, channels)
 
 
 def _no_model_in(path: Path) -> ModelError:
@@ -279,8 +316,11 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def check_vae(text: str) -> None:
-    """Raises ModelError when `text` names no VAE of Stable Diffusion's kind (4 latent channels)."""
+def check_vae(text: str, base: Found | None = None) -> None:
+    """Raises ModelError when `text` names no VAE of Stable Diffusion's kind (4 latent channels).
+
+    A file has no config and must be built like the VAE of the base model; a folder brings its own.
+    """
     path = resolve(text)
     if not os.path.exists(path):  # noqa: PTH110
         raise ModelError(_sentence(absent(text, "file or folder")))
@@ -303,7 +343,13 @@ def check_vae(text: str) -> None:
                 f'"{shown(path)}" is {what or "not a VAE"}{", not a VAE" if what else ""}.',
                 "Leave it empty for the base model's own.",
             )
-        channels = tensors[first].shape[1]
+        innermost, channels = tensors[first].shape[:2]
+        if base and base.vae_channels and innermost != base.vae_channels:
+            raise ModelError(
+                f'"{shown(path)}" is a VAE of another size than the base model\'s '
+                f"({innermost} channels instead of {base.vae_channels}).",
+                "Leave it empty for the base model's own.",
+            )
     if channels != 4:
         raise ModelError(
             f'"{shown(path)}" is a VAE with {channels} latent channels; Stable Diffusion needs 4.',

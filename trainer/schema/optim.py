@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import re
+import shlex
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
@@ -34,8 +34,11 @@ def parse_arguments(text: Any) -> Any:
     if not isinstance(text, str):
         return text
     found = {}
-    for piece in re.findall(r'"[^"]*"|\'[^\']*\'|\S+', text):
-        piece = piece.strip("\"'")
+    try:
+        pieces = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f'"{text}" has a quotation mark without its partner') from error
+    for piece in pieces:
         name, equals, value = piece.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f'"{piece}" is not of the form name=value, as in weight_decay=0.1')

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from tests import tiny
+from trainer import models
+from trainer.models import clip_tokens, sd
+
+CPU = torch.device("cpu")
+
+
+def load(
+    source: Path | str, dtype: torch.dtype = torch.float32, clip_skip: int = 1, tokens: int = 75
+) -> sd.StableDiffusion:
+    return models.load(str(source), "", dtype, CPU, clip_skip, tokens)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a diffusers folder."""
+    from diffusers import DDIMScheduler
+
+    unet, vae, text_encoder = tiny.modules()
+    path = tmp_path_factory.mktemp("diffusers modèle")
+    scheduler = DDIMScheduler(**tiny.CONFIGS["scheduler"])
+    StableDiffusionPipeline(
+        vae, text_encoder, clip_tokens.tokenizer(), unet, scheduler, None, None, requires_safety_checker=False
+    ).save_pretrained(path)
+    return path
+
+
+def test_a_single_file_and_a_folder_are_the_same_model(tiny_model, folder):
+    one, other = load(tiny_model), load(folder)
+    for part in ("unet", "vae", "text_encoder"):
+        states = [dict(getattr(m, part).named_parameters()) for m in (one, other)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_weights_are_loaded_in_the_compute_dtype_and_frozen(tiny_model):
+    model = load(tiny_model, torch.bfloat16)
+    for part in (model.unet, model.vae, model.text_encoder):
+        assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
+        assert not any(p.requires_grad for p in part.parameters())
+    assert model.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_short_texts_have_the_states_of_transformers_own_encoder(tiny_model):
+    model = load(tiny_model)
+    _, _, reference = tiny.modules()
+    texts = ["a photo of a cat", "", "a, b, c (d:1.2) 日本語"]
+    ids = clip_tokens.tokenizer()(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    expected = reference.eval()(ids["input_ids"]).last_hidden_state
+    torch.testing.assert_close(model.text_states(model.tokens(texts)), expected)
+
+
+def test_clip_skip_two_is_the_layer_before_the_last_through_the_final_norm(tiny_model):
+    model = load(tiny_model, clip_skip=2)
+    _, _, reference = tiny.modules()
+    answer = reference.eval()(model.tokens(["a cat"])[:, 0], output_hidden_states=True)
+    expected = reference.final_layer_norm(answer.hidden_states[-2])
+    torch.testing.assert_close(model.text_states(model.tokens(["a cat"])), expected)
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(75, 77), (150, 152), (225, 227)])
+def test_long_texts_are_joined_from_chunks_with_their_own_marks(tiny_model, tokens, length):
+    model = load(tiny_model, tokens=tokens)
+    _, _, reference = tiny.modules()
+    text = ", ".join(["cat"] * 60)
+    ids = model.tokens([text])
+    assert ids.shape == (1, tokens // 75, 77)
+    assert (ids[..., 0] == clip_tokens.BEGIN).all()
+    assert (ids[..., -1] == clip_tokens.END).all()
+    states = model.text_states(ids)
+    assert states.shape == (1, length, 32)
+    hidden = [reference.eval()(chunk[None]).last_hidden_state[0] for chunk in ids[0]]
+    torch.testing.assert_close(states[0, 0], hidden[0][0])
+    torch.testing.assert_close(states[0, -1], hidden[-1][-1])
+    for i, chunk in enumerate(hidden):
+        torch.testing.assert_close(states[0, 1 + 75 * i : 76 + 75 * i], chunk[1:-1])
+
+
+def test_targets_are_the_264_layers_of_kohyas_lora_for_the_full_model():
+    import json
+
+    configs = json.loads(sd.CONFIGS.read_text())
+    unet, vae, text_encoder = sd._empty(configs)
+    schedule = models.Schedule.of(configs["scheduler"])
+    targets = sd.StableDiffusion(unet, vae, text_encoder, schedule, torch.float32, CPU, 1, 75).targets()
+    parts = [part for part, _ in targets.values()]
+    assert parts.count("text_encoder") == 72
+    assert parts.count("unet") == 192
+    assert "lora_te_text_model_encoder_layers_11_mlp_fc2" in targets
+    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj" in targets
+
+
+def test_encoding_and_decoding_use_the_models_scale(tiny_model):
+    model = load(tiny_model)
+    pixels = torch.rand(1, 3, 64, 64) * 2 - 1
+    latents = model.encode(pixels, [torch.Generator().manual_seed(0)])
+    posterior = model.vae.encode(pixels).latent_dist
+    assert latents.shape == (1, 4, 8, 8)
+    assert (latents / 0.18215 - posterior.mean).abs().max() < 6 * posterior.std.max()
+    expected = model.vae.decode(latents / 0.18215).sample.clamp(-1, 1)
+    torch.testing.assert_close(model.decode(latents), expected)
+
+
+def test_another_vae_replaces_the_models_own(tiny_model, tmp_path):
+    from safetensors.torch import save_file
+
+    _, vae, _ = tiny.modules(seed=5)
+    save_file(vae.state_dict(), tmp_path / "vae.safetensors")
+    model = models.load(str(tiny_model), str(tmp_path / "vae.safetensors"), torch.float32, CPU, 1, 75)
+    assert torch.equal(model.vae.encoder.conv_in.weight, vae.encoder.conv_in.weight)
+    assert not torch.equal(load(tiny_model).vae.encoder.conv_in.weight, vae.encoder.conv_in.weight)
+
+
+def test_attention_processors_give_the_same_answer(tiny_model):
+    from diffusers.models.attention_processor import AttnProcessor
+
+    model = load(tiny_model)
+    x, t, states = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 77, 32)
+    fast = model.predict(x, t, states)
+    assert isinstance(model.unet, UNet2DConditionModel)
+    model.unet.set_attn_processor(AttnProcessor())
+    torch.testing.assert_close(model.predict(x, t, states), fast, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from trainer import objective
+from trainer.models import Schedule
+from trainer.schema.objective import Objective
+
+BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.fixture(params=["epsilon", "v_prediction"])
+def schedule(request: pytest.FixtureRequest) -> Schedule:
+    return Schedule.of({**BETAS, "prediction_type": request.param})
+
+
+def test_the_schedule_is_that_of_diffusers(schedule):
+    from diffusers import DDPMScheduler
+
+    reference = DDPMScheduler(**schedule.config)
+    torch.testing.assert_close(schedule.alphas_cumprod, reference.alphas_cumprod, rtol=1e-6, atol=0)
+    x, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999])
+    torch.testing.assert_close(schedule.add_noise(x, noise, t), reference.add_noise(x, noise, t))
+    torch.testing.assert_close(schedule.velocity(x, noise, t), reference.get_velocity(x, noise, t))
+
+
+def test_the_target_is_noise_or_velocity(schedule):
+    x, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    expected = noise if schedule.prediction == "epsilon" else schedule.velocity(x, noise, t)
+    assert torch.equal(objective.target(x, noise, t, schedule), expected)
+
+
+def test_offset_noise_adds_one_value_per_image_and_channel():
+    latents = torch.randn(2, 4, 8, 8)
+    torch.manual_seed(3)
+    plain = torch.randn_like(latents)
+    shift = torch.randn(2, 4, 1, 1)
+    torch.manual_seed(3)
+    noise = objective.noise_like(latents, Objective(noise_offset=0.1))
+    torch.testing.assert_close(noise, plain + 0.1 * shift)
+
+
+def test_the_adaptive_scale_follows_each_channels_mean_and_never_turns_negative():
+    latents = torch.zeros(1, 4, 8, 8)
+    latents[:, 0] = -2.0
+    torch.manual_seed(3)
+    plain, shift = torch.randn_like(latents), torch.randn(1, 4, 1, 1)
+    strength = torch.tensor([0.1 + 0.05 * 2.0, 0.1, 0.1, 0.1]).view(1, 4, 1, 1)
+    torch.manual_seed(3)
+    noise = objective.noise_like(latents, Objective(noise_offset=0.1, adaptive_noise_scale=0.05))
+    torch.testing.assert_close(noise, plain + strength * shift)
+    torch.manual_seed(3)
+    noise = objective.noise_like(latents, Objective(noise_offset=0.1, adaptive_noise_scale=-1))
+    torch.testing.assert_close(noise[:, 0], plain[:, 0])
+
+
+def test_multires_noise_has_unit_variance_and_coarse_parts():
+    torch.manual_seed(0)
+    latents = torch.zeros(4, 4, 64, 64)
+    white = objective.noise_like(latents, Objective(noise_type="Multires", multires_iterations=0))
+    noise = objective.noise_like(
+        latents, Objective(noise_type="Multires", multires_iterations=6, multires_discount=0.8)
+    )
+    assert float(noise.std()) == pytest.approx(1, abs=1e-3)
+
+    def low(x: torch.Tensor) -> float:
+        return float(torch.nn.functional.avg_pool2d(x, 16).std())
+
+    assert low(noise) > 3 * low(white)
+
+
+def test_a_multires_discount_of_zero_means_its_default():
+    def noise(discount: float) -> torch.Tensor:
+        torch.manual_seed(1)
+        settings = Objective(noise_type="Multires", multires_iterations=6, multires_discount=discount)
+        return objective.noise_like(torch.zeros(1, 4, 32, 32), settings)
+
+    assert torch.equal(noise(0), noise(0.3))
+    assert not torch.equal(noise(0), noise(0.8))
+
+
+def test_offset_settings_have_no_effect_on_the_other_type():
+    torch.manual_seed(1)
+    plain = torch.randn(1, 4, 8, 8)
+    torch.manual_seed(1)
+    assert torch.equal(objective.noise_like(plain, Objective(noise_type="Multires", noise_offset=0.5)), plain)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
+def test_min_snr_weights_the_loss_by_the_papers_formula(schedule, gamma):
+    t = torch.tensor([1, 250, 999])
+    prediction, wanted = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    loss = objective.loss_per_image(prediction, wanted, t, torch.ones(3), schedule, Objective(min_snr_gamma=gamma))
+    for i, step in enumerate(t.tolist()):
+        a = float(schedule.alphas_cumprod[step])
+        snr = a / (1 - a)
+        divisor = snr if schedule.prediction == "epsilon" else snr + 1
+        mse = float((prediction[i] - wanted[i]).square().mean())
+        assert float(loss[i]) == pytest.approx(mse * min(snr, gamma) / divisor, rel=1e-4)
+
+
+def test_prior_weights_multiply_each_images_own_loss(schedule):
+    x, y, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([5, 5])
+    plain = objective.loss_per_image(x, y, t, torch.ones(2), schedule, Objective())
+    weighted = objective.loss_per_image(x, y, t, torch.tensor([1.0, 0.25]), schedule, Objective())
+    torch.testing.assert_close(weighted, plain * torch.tensor([1.0, 0.25]))
+
+
+def test_timesteps_cover_the_whole_schedule(schedule):
+    torch.manual_seed(0)
+    drawn = objective.draw_timesteps(20000, schedule)
+    assert int(drawn.min()) == 0
+    assert int(drawn.max()) == 999
+    assert float(drawn.float().mean()) == pytest.approx(499.5, abs=3 * 1000 / math.sqrt(12 * 20000))
