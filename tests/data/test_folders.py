@@ -157,6 +157,12 @@ def test_regularisation_images_that_are_not_used_are_told(tmp_path, put):
     assert [p.repeats for p in pictures] == [2, 1, 1]
 
 
+def test_the_same_folder_twice_is_refused(tmp_path, put):
+    put("1_x/a.jpg", "x")
+    (error,) = errors(look(tmp_path, f"{tmp_path}/"))
+    assert "(reg_data_dir): is the same as Image folder (train_data_dir)" in error
+
+
 def test_a_wrong_regularisation_folder_names_its_own_control(tmp_path, put):
     put("1_x/a.jpg", "x")
     (error,) = errors(look(tmp_path, tmp_path / "nothing"))

@@ -53,7 +53,7 @@ def test_a_shrunk_picture_is_close_to_the_mean_of_the_pixels_it_replaces(tmp_pat
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.avif"])
 def test_exif_orientation_is_applied(tmp_path, orientation, name):
     upright = Image.fromarray(data.chelsea())  # 451×300
     undo = {
@@ -134,6 +134,13 @@ def test_what_is_no_image_is_refused(tmp_path, content, why):
     path = tmp_path / "a.png"
     path.write_bytes(content)
     with pytest.raises(DataError, match=why):
+        size(path)
+
+
+def test_an_image_too_large_to_open_is_refused(tmp_path, monkeypatch):
+    path = saved(tmp_path, Image.fromarray(COFFEE))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600 * 400 // 2 - 1)
+    with pytest.raises(DataError, match="more than 178 million pixels"):
         size(path)
 
 

@@ -117,7 +117,7 @@ def test_a_config_in_the_header_that_is_of_no_use_is_damage(model):
     for unet in (
         {},
         3,
-        SD1_CONFIGS["unet"] | {"block_out_channels": ["x"]},
+        SD1_CONFIGS["unet"] | {"layers_per_block": 10**9},
         SD1_CONFIGS["unet"] | {"down_block_types": []},
     ):
         assert "is damaged" in refusal(detect, model(SD1, {"config": json.dumps(SD1_CONFIGS | {"unet": unet})}))

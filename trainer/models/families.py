@@ -153,6 +153,7 @@ def _require_all_tensors(path: Path, tensors: Tensors, configs: Mapping[str, Any
     tables = {"unet": layout.unet_names, "vae": layout.vae_names, "text_encoder": layout.text_encoder_names}
     for part, names in tables.items():
         try:
+            _require_modest(configs[part])
             wanted = names(configs[part])
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ModelError(
@@ -166,6 +167,15 @@ def _require_all_tensors(path: Path, tensors: Tensors, configs: Mapping[str, Any
                 f"the first is {missing[0]}.",
                 "Name a complete checkpoint of Stable Diffusion 1.x.",
             )
+
+
+def _require_modest(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a config whose table of names would fill the memory."""
+    for key in ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers", "block_out_channels"):
+        value = config.get(key, 1)
+        counts = [len(value)] if key == "block_out_channels" else value if isinstance(value, list) else [value]
+        if not all(0 < count <= 100 for count in counts):
+            raise ValueError(f"{key} is {value}")
 
 
 def _vae_channels(tensors: Tensors) -> int | None:
