@@ -171,11 +171,12 @@ def _require_all_tensors(path: Path, tensors: Tensors, configs: Mapping[str, Any
 
 def _require_modest(config: Mapping[str, Any]) -> None:
     """Raises ValueError for a config whose table of names would fill the memory."""
-    for key in ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers", "block_out_channels"):
+    counts = [len(config.get("block_out_channels", "1"))]
+    for key in ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers"):
         value = config.get(key, 1)
-        counts = [len(value)] if key == "block_out_channels" else value if isinstance(value, list) else [value]
-        if not all(0 < count <= 100 for count in counts):
-            raise ValueError(f"{key} is {value}")
+        counts += value if isinstance(value, list) else [value]
+    if not all(0 < count <= 100 for count in counts):
+        raise ValueError("a count is not in 1 … 100")
 
 
 def _vae_channels(tensors: Tensors) -> int | None:
