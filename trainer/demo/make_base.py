@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from trainer.demo import pictures
+from trainer.models import Schedule
 from trainer.models.clip_tokens import tokenizer
 from trainer.models.layout import to_original
 
@@ -74,9 +75,6 @@ SCHEDULER = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
 }
 
 
@@ -86,6 +84,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("base.safetensors"))
     parser.add_argument("--autoencoder-steps", type=int, default=3500)
     parser.add_argument("--denoiser-steps", type=int, default=10_000)
+    parser.add_argument("--decoder-steps", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -100,7 +99,11 @@ def main() -> None:
 
     collection = Collection.prepare(args.work)
     autoencoder = train_autoencoder(collection, args.work / "autoencoder.pt", args.autoencoder_steps, args.seed)
-    train_denoiser(collection, autoencoder, args.work / "denoiser.pt", args.denoiser_steps, args.seed, args.out)
+    denoiser = train_denoiser(
+        collection, autoencoder, args.work / "denoiser.pt", args.denoiser_steps, args.seed, args.out
+    )
+    train_decoder(collection, autoencoder, args.work / "decoder.pt", args.decoder_steps, args.seed)
+    export(args.out, autoencoder=autoencoder, **denoiser)
 
 
 # Pictures
@@ -168,7 +171,7 @@ def train_autoencoder(collection: Collection, state_path: Path, steps: int, seed
         for name, weight in model.named_parameters():
             if ".conv2." in name or ".to_out.0." in name:
                 weight.zero_()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0, fused=True)
     training = Training(state_path, {"model": model}, optimizer, steps, decay_from=0.5, peak=1.5e-3)
     if training.restore() >= steps and training.normalised:
         return model.eval()
@@ -182,8 +185,7 @@ def train_autoencoder(collection: Collection, state_path: Path, steps: int, seed
         drawn = drawn.float()
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         error = drawn - images
-        loss = error.abs().mean() + 2 * error.square().mean() + 0.5 * edges(error) + 1e-4 * kl
-        training.update(loss, {"dB": -10 * (error.detach() / 2).square().mean(dim=(1, 2, 3)).log10().mean()})
+        training.update(drawing_loss(error) + 1e-4 * kl, {"dB": decibels(error)})
 
     model.eval()
     normalise_latents(model, collection)
@@ -201,9 +203,15 @@ def augment(images: torch.Tensor) -> torch.Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def edges(error: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference between neighbours: what makes outlines sharp."""
-    return error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+def drawing_loss(error: torch.Tensor) -> torch.Tensor:
+    """Absolute and squared error, and the error of the steps between neighbours: what makes outlines sharp."""
+    steps = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + 0.5 * steps
+
+
+def decibels(error: torch.Tensor) -> torch.Tensor:
+    """Mean over pictures of the peak signal-to-noise ratio, for values from −1 to 1."""
+    return -10 * (error.detach() / 2).square().mean(dim=(1, 2, 3)).log10().mean()
 
 
 @torch.no_grad()
@@ -237,8 +245,31 @@ def reconstruction_psnr(model, images: torch.Tensor, batch: int = 32) -> float:
     for part in images.split(batch):
         expected = as_floats(part)
         drawn = model.decode(model.encode(expected).latent_dist.mean).sample.clamp(-1, 1)
-        values.append(-10 * ((drawn - expected) / 2).square().mean(dim=(1, 2, 3)).log10())
-    return torch.cat(values).mean().item()
+        values.append(decibels(drawn - expected) * len(part))
+    return sum(values).item() / len(images)
+
+
+def train_decoder(collection: Collection, autoencoder, state_path: Path, steps: int, seed: int, batch: int = 4) -> None:
+    """Goes on with the decoder alone: the latents stay, so the denoiser that learned them stays right."""
+    torch.manual_seed(seed)
+    latents = encode_means(autoencoder, collection.images)
+    deviation = latents.std()
+    parts = {"decoder": autoencoder.decoder, "post_quant_conv": autoencoder.post_quant_conv}
+    parameters = [weight for part in parts.values() for weight in part.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0, fused=True)
+    training = Training(state_path, parts, optimizer, steps, decay_from=0.3, peak=1e-3)
+    training.restore()
+    while training.step < steps:
+        numbers = torch.randint(len(latents), (batch,))
+        # A little noise, since the denoiser's latents will not be exact either.
+        noisy = latents[numbers] + 0.03 * deviation * torch.randn(batch, *latents.shape[1:])
+        training.set_rate()
+        with torch.autocast("cpu", torch.bfloat16):
+            drawn = autoencoder.decode(noisy.contiguous(memory_format=torch.channels_last)).sample
+        error = drawn.float() - as_floats(collection.images[numbers])
+        training.update(drawing_loss(error), {"dB": decibels(error)})
+    training.save()
+    log.info("decoder: %.2f dB", reconstruction_psnr(autoencoder, collection.images))
 
 
 # Text encoder and U-Net
@@ -246,8 +277,9 @@ def reconstruction_psnr(model, images: torch.Tensor, batch: int = 32) -> float:
 
 def train_denoiser(
     collection: Collection, autoencoder, state_path: Path, steps: int, seed: int, out: Path, batch: int = 16
-) -> None:
-    from diffusers import DDPMScheduler, UNet2DConditionModel
+) -> dict:
+    """The averaged U-Net and text encoder, and the step that they come from."""
+    from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -264,6 +296,7 @@ def train_denoiser(
         lr=6e-4,
         betas=(0.9, 0.99),
         weight_decay=0,
+        fused=True,
     )
     training = Training(state_path, models | averages, optimizer, steps, decay_from=0.8, peak=6e-4)
     training.restore()
@@ -271,32 +304,35 @@ def train_denoiser(
 
     latents = encode_means(autoencoder, collection.known) * autoencoder.config.scaling_factor
     log.info("latents: mean %.3f, deviation %.3f", latents.mean(), latents.std())
-    alphas = DDPMScheduler.from_config(SCHEDULER).alphas_cumprod
+    schedule = Schedule.of(SCHEDULER)
     exported_at = time.monotonic()
+
+    def result() -> dict:
+        return {name.removesuffix("_average"): model for name, model in averages.items()} | {"step": training.step}
 
     while training.step < steps:
         numbers = torch.randint(len(latents), (batch,))
         # One caption in ten is empty: the unconditional half of classifier-free guidance.
         captions = ["" if rng.random() < 0.1 else collection.caption(number, rng) for number in numbers.tolist()]
         clean = latents[numbers]
-        noise, timesteps = torch.randn_like(clean), torch.randint(len(alphas), (batch,))
-        alpha = alphas[timesteps].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        noise, timesteps = torch.randn_like(clean), torch.randint(schedule.steps, (batch,))
+        noisy = schedule.add_noise(clean, noise, timesteps)
         training.set_rate()
         with torch.autocast("cpu", torch.bfloat16):
             states = text_encoder(tokens(captions)).last_hidden_state
             predicted = unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, states).sample
         squared = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         # Min-SNR weights with γ = 5 (Hang et al. 2023, equation 8, for a model that predicts noise).
-        snr = alphas[timesteps] / (1 - alphas[timesteps])
-        saved = training.update((squared * (5 / snr).clamp(max=1)).mean(), {"error": squared.detach().mean()})
+        weights = (5 / schedule.snr(timesteps)).clamp(max=1)
+        saved = training.update((squared * weights).mean(), {"error": squared.detach().mean()})
         follow(averages, models, min(0.9985, (1 + training.step) / (10 + training.step)))
         if saved and time.monotonic() - exported_at > 240:
-            export(out, averages["unet_average"], autoencoder, averages["text_encoder_average"], training.step)
+            export(out, autoencoder=autoencoder, **result())
             exported_at = time.monotonic()
 
     training.save()
-    export(out, averages["unet_average"], autoencoder, averages["text_encoder_average"], training.step)
+    export(out, autoencoder=autoencoder, **result())
+    return result()
 
 
 @torch.no_grad()
@@ -317,7 +353,7 @@ def tokens(captions: list[str]) -> torch.Tensor:
 # The file
 
 
-def export(out: Path, unet, autoencoder, text_encoder, step: int) -> None:
+def export(out: Path, *, unet, autoencoder, text_encoder, step: int) -> None:
     """Writes one fp16 file in the original layout, complete with its configuration."""
     from safetensors.torch import save_file
 
@@ -326,6 +362,7 @@ def export(out: Path, unet, autoencoder, text_encoder, step: int) -> None:
     weights = {name: weight.half().contiguous() for name, weight in weights.items()}
     partial = out.with_suffix(".partial")
     save_file(weights, partial, metadata={"format": "pt", "config": json.dumps(configs), "step": str(step)} | ABOUT)
+    partial.chmod(0o644)
     os.replace(partial, out)
     log.info("%s: step %d, %.1f MB", out.name, step, out.stat().st_size / 1e6)
 
@@ -341,7 +378,9 @@ ABOUT = {
 class Training:
     """Steps, rate, log line and state file of one stage."""
 
-    def __init__(self, path: Path, models: dict, optimizer, steps: int, decay_from: float, peak: float, warmup: int = 50):
+    def __init__(
+        self, path: Path, models: dict, optimizer, steps: int, decay_from: float, peak: float, warmup: int = 50
+    ):
         self.path, self.models, self.optimizer, self.steps = path, models, optimizer, steps
         self.decay_from, self.peak, self.warmup = decay_from, peak, warmup
         self.step = 0
@@ -389,7 +428,14 @@ class Training:
         if self.step % 50 == 0:
             count, now = self.step - self.logged_step, time.monotonic()
             means = "  ".join(f"{name} {total / count:.4f}" for name, total in self.sums.items())
-            log.info("%s %d/%d  %s  %.3f s/step", self.path.stem, self.step, self.steps, means, (now - self.logged_at) / count)
+            log.info(
+                "%s %d/%d  %s  %.3f s/step",
+                self.path.stem,
+                self.step,
+                self.steps,
+                means,
+                (now - self.logged_at) / count,
+            )
             self.sums, self.logged_at, self.logged_step = {}, now, self.step
         if time.monotonic() - self.saved_at > 60:
             self.save()

@@ -69,7 +69,12 @@ def write_poses(folder: Path, style: str, picture: Image.Image, name: str) -> No
     small = Image.new("RGB", picture.size, "white")
     size = picture.width * 3 // 4
     small.paste(picture.resize((size, size), Image.Resampling.LANCZOS), ((picture.width - size) // 2,) * 2)
-    poses = {"": picture, "_mirrored": ImageOps.mirror(picture), "_small": small, "_small_mirrored": ImageOps.mirror(small)}
+    poses = {
+        "": picture,
+        "_mirrored": ImageOps.mirror(picture),
+        "_small": small,
+        "_small_mirrored": ImageOps.mirror(small),
+    }
     for suffix, pose in poses.items():
         write(folder, f"{style}{suffix}", pose, pictures.caption(style, name))
 

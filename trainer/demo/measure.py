@@ -13,12 +13,13 @@ import random
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from PIL import Image, ImageDraw
 
 from trainer.demo import pictures
-from trainer.demo.base_model import BASE, BaseModel
 from trainer.demo.make_base import Collection, reconstruction_psnr
+from trainer.models import load
+from trainer.sampling import make_sampler
 
 STYLES = list(pictures.STYLES)
 
@@ -26,18 +27,18 @@ STYLES = list(pictures.STYLES)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="the work folder of make_base: the rendered pictures")
-    parser.add_argument("--base", type=Path, default=BASE)
+    parser.add_argument("--base", default="", help="a base model's file; the embedded one unless given")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of 40 prompts to this PNG")
     args = parser.parse_args()
 
     collection = Collection.prepare(args.work)
-    base = BaseModel.load(args.base)
+    model = load(args.base, "", torch.float32, torch.device("cpu"), clip_skip=1, max_tokens=75)
     chosen = prompts(args.prompts)
-    drawn = base.draw([pictures.caption(STYLES[style], pictures.CONCEPTS[i].name) for style, i in chosen])
+    drawn = draw(model, [pictures.caption(STYLES[style], pictures.CONCEPTS[i].name) for style, i in chosen])
     right = nearest_are_right(drawn, chosen, collection.known)
 
-    rows = [("autoencoder, trained pictures (dB)", f"{reconstruction_psnr(base.vae, collection.known):.2f}", "≥ 26")]
+    rows = [("autoencoder, trained pictures (dB)", f"{reconstruction_psnr(model.vae, collection.known):.2f}", "≥ 26")]
     rows += [(f"right concept in the first 5 of {len(pictures.CONCEPTS)} (%)", percent(right), "≥ 60")]
     for style, word in enumerate(STYLES):
         rows.append((f"  {word}", percent([ok for ok, (s, _) in zip(right, chosen, strict=True) if s == style]), ""))
@@ -55,6 +56,25 @@ def prompts(count: int, seed: int = 0) -> list[tuple[int, int]]:
     return [(i % len(STYLES), orders[i % len(STYLES)][i // len(STYLES)]) for i in range(count)]
 
 
+@torch.no_grad()
+def draw(model, captions: list[str], steps: int = 25, guidance: float = 3.0, batch: int = 20) -> torch.Tensor:
+    """(captions, 3, size, size) uint8, by DDIM; picture i starts from the noise of seed i."""
+    side = pictures.SIZE // model.pixels_per_latent
+    drawn = []
+    for start in range(0, len(captions), batch):
+        part = captions[start : start + batch]
+        seeds = range(start, start + len(part))
+        latents = torch.stack([torch.randn(4, side, side, generator=torch.Generator().manual_seed(i)) for i in seeds])
+        states = model.text_states(model.tokens([""] * len(part) + part))
+        sampler = make_sampler("ddim", model.schedule)
+        sampler.set_timesteps(steps)
+        for time in sampler.timesteps:
+            plain, prompted = model.predict(torch.cat([latents, latents]), time, states).chunk(2)
+            latents = sampler.step(plain + guidance * (prompted - plain), time, latents).prev_sample
+        drawn.append(((model.decode(latents) + 1) * 127.5).round().byte())
+    return torch.cat(drawn)
+
+
 def features(images: torch.Tensor) -> torch.Tensor:
     """(pictures, 1280): colour and outline, coarsely. Two pictures are near when their Euclidean distance is small.
 
@@ -66,9 +86,11 @@ def features(images: torch.Tensor) -> torch.Tensor:
     red, green, blue = rgb.unbind(1)
     lightness = 0.299 * red + 0.587 * green + 0.114 * blue
     colour = torch.stack([lightness, red - green, (red + green) / 2 - blue], dim=1)
-    across = F.pad(lightness.diff(dim=2).abs(), (0, 1))
-    down = F.pad(lightness.diff(dim=1).abs(), (0, 0, 0, 1))
-    return F.adaptive_avg_pool2d(torch.cat([colour, 4 * across[:, None], 4 * down[:, None]], dim=1), 16).flatten(1)
+    across = functional.pad(lightness.diff(dim=2).abs(), (0, 1))
+    down = functional.pad(lightness.diff(dim=1).abs(), (0, 0, 0, 1))
+    return functional.adaptive_avg_pool2d(
+        torch.cat([colour, 4 * across[:, None], 4 * down[:, None]], dim=1), 16
+    ).flatten(1)
 
 
 def nearest_are_right(drawn: torch.Tensor, chosen: list[tuple[int, int]], known: torch.Tensor) -> list[bool]:

@@ -144,9 +144,7 @@ class IconSet:
         import resvg_py
 
         # resvg draws without a smoothing step of its own between pixels: twice the size, then down.
-        png = resvg_py.svg_to_bytes(
-            svg_string=self.svg(icon), width=2 * size, height=2 * size, background="white"
-        )
+        png = resvg_py.svg_to_bytes(svg_string=self.svg(icon), width=2 * size, height=2 * size, background="white")
         return Image.open(io.BytesIO(bytes(png))).convert("RGB").resize((size, size), Image.Resampling.BOX)
 
 
