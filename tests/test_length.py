@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.length import Length
@@ -33,6 +33,7 @@ def test_steps_go_before_the_limit_of_epochs_and_that_before_the_epochs(settings
     assert length(10, **settings) == expected
 
 
+@settings(deadline=None)
 @given(
     batches=st.integers(1, 40),
     accumulation=st.integers(1, 50),

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.batches import balance, batches_per_epoch, epoch_batches
@@ -11,6 +11,7 @@ from trainer.data.batches import balance, batches_per_epoch, epoch_batches
 items = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4)), max_size=30)
 
 
+@settings(deadline=None)
 @given(items=items, batch_size=st.integers(1, 7), seed=st.integers(0, 2**63), epoch=st.integers(1, 50))
 def test_every_item_is_seen_as_often_as_it_repeats_in_batches_of_one_bucket(items, batch_size, seed, epoch):
     buckets, repeats = [b for b, _ in items], [n for _, n in items]
@@ -51,6 +52,7 @@ def test_regularisation_images_are_cut_or_repeated_to_the_number_wanted(repeats,
     assert balance(repeats, wanted) == expected
 
 
+@settings(deadline=None)
 @given(repeats=st.lists(st.integers(1, 9), min_size=1, max_size=20), wanted=st.integers(0, 500))
 def test_balanced_repeats_add_up_to_exactly_the_number_wanted(repeats, wanted):
     assert sum(balance(repeats, wanted)) == wanted

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from trainer.data.buckets import Buckets, ranged
@@ -49,6 +49,7 @@ def test_buckets_off_cover_the_resolution_and_cut_the_rest():
     assert placement.crop == (224, 0)
 
 
+@settings(deadline=None)
 @given(size=sizes, resolution=resolutions, step=steps)
 def test_without_upscaling_nothing_grows_and_less_than_a_step_is_cut(size, resolution, step):
     try:
@@ -65,6 +66,7 @@ def test_without_upscaling_nothing_grows_and_less_than_a_step_is_cut(size, resol
         assert placement.resized == size
 
 
+@settings(deadline=None)
 @given(size=sizes, resolution=resolutions, step=steps)
 def test_a_shrunk_image_gets_the_better_of_a_whole_width_and_a_whole_height(size, resolution, step):
     area, aspect = resolution[0] * resolution[1], size[0] / size[1]
@@ -81,6 +83,7 @@ def test_a_shrunk_image_gets_the_better_of_a_whole_width_and_a_whole_height(size
     assert abs(bucket[0] / bucket[1] - aspect) == min(abs(w / h - aspect) for w, h in choices)
 
 
+@settings(deadline=None)
 @given(size=sizes, resolution=resolutions, step=steps, low=st.integers(64, 512), high=st.integers(512, 2048))
 def test_with_upscaling_the_nearest_shape_within_the_bounds_is_covered(size, resolution, step, low, high):
     try:
@@ -103,6 +106,7 @@ def test_with_upscaling_the_nearest_shape_within_the_bounds_is_covered(size, res
     assert any(r == b for r, b in zip(placement.resized, placement.bucket, strict=True))
 
 
+@settings(deadline=None)
 @given(size=sizes, resolution=resolutions)
 def test_the_crop_is_central(size, resolution):
     placement = buckets(resolution, enable_bucket=False).place(size)
