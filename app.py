@@ -52,7 +52,7 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
 
     try:
         guard.require_password(given.listen, given.share, given.password)
-    except guard.Refused as refusal:
+    except guard.RefusedError as refusal:
         print(refusal, file=sys.stderr)
         return 2
     try:

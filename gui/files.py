@@ -41,9 +41,7 @@ class Roots:
         `text` may name a file or something that does not exist: the nearest folder above is listed.
         Outside the roots the list of roots is given, and `refused` says so.
         """
-        path = Path(text).expanduser() if text.strip() else None
-        if path is not None and not path.is_absolute():
-            path = Path.cwd() / path
+        path = Path(os.path.abspath(os.path.expanduser(text))) if text.strip() else None  # noqa: PTH100, PTH111  links stay links
         while path is not None and not path.is_dir():
             path = path.parent if path != path.parent else None
         if path is None or not self.holds(path):
@@ -57,7 +55,6 @@ class Roots:
                 "images": 0,
                 "refused": refused,
             }
-        path = Path(os.path.abspath(path))
         try:
             entries, images = _entries(path, files)
         except OSError as error:

@@ -82,7 +82,7 @@ def table() -> list[dict[str, Any]]:
         {
             "key": p.key,
             "label": p.label,
-            "tab": tab_id(p.section.tab),
+            "tab": p.section.tab,
             "section": p.section.heading,
             "kind": "choice" if p.key == QUICK_PICK else p.kind,
             "default": shown(p, p.default),

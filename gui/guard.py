@@ -15,12 +15,12 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The page will not be served this way; the message says what to do instead."""
 
 
 def require_password(listen: str, share: bool, password: str | None, command: str = "python app.py") -> None:
-    """Raises Refused when others could reach the page and no password is set.
+    """Raises RefusedError when others could reach the page and no password is set.
 
     The message holds a command, with a new password in it, that can be pasted.
     """
@@ -28,7 +28,7 @@ def require_password(listen: str, share: bool, password: str | None, command: st
         return
     reach = "A share link can be opened by anyone" if share else f"{listen} can be reached from other machines"
     flags = (f" --listen {listen}" if listen not in ("", "127.0.0.1") else "") + (" --share" if share else "")
-    raise Refused(
+    raise RefusedError(
         f"{reach}, so a password is needed. For instance:\n"
         f"  {command}{flags} --username me --password {secrets.token_urlsafe(12)}"
     )

@@ -95,7 +95,7 @@ def log_from(path: Path, offset: int) -> dict[str, Any]:
         fresh = offset <= 0 or offset > size
         if fresh:
             offset = max(0, size - LOG_BYTES)
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             file.seek(offset)
             data = file.read(LOG_BYTES)
     except FileNotFoundError:

@@ -16,7 +16,7 @@ import gradio as gr
 from gui import form, live
 from gui.files import Roots
 from gui.presets import Presets
-from gui.runs import Busy, Runs, kill
+from gui.runs import BusyError, Runs, kill
 from trainer import kohya
 from trainer.errors import ConfigError, Problem
 from trainer.run import REQUESTS, Run
@@ -112,7 +112,7 @@ class Desk:
             return answer
         try:
             run = self.runs.start(form.read(ask["entries"]), ask["kept"])
-        except Busy as error:
+        except BusyError as error:
             return _busy(str(error))
         except OSError as error:
             place = error.filename or self.runs.folder
@@ -201,7 +201,7 @@ def _as_form(preset: kohya.Preset) -> Answer:
         "kept": preset.kept,
         "notes": [asdict(note) for note in preset.notes],
         "problems": [
-            {**asdict(p), "message": p.message + (" The default is shown." if p.key in switches else "")}
+            {**asdict(p), "message": p.message + (". The default is shown." if p.key in switches else "")}
             for p in problems
         ],
         "description": preset.description,
@@ -210,16 +210,19 @@ def _as_form(preset: kohya.Preset) -> Answer:
 
 def outline(summary: Mapping[str, Any]) -> str:
     """What would be trained, in one line."""
-    parts = []
-    if summary.get("images"):
-        parts.append(f"{summary['images']} images in {len(summary.get('buckets') or ())} sizes")
-    if summary.get("repeats"):
-        parts.append(f"{summary['repeats']} seen in an epoch")
-    if summary.get("total_steps"):
-        parts.append(f"{summary['total_steps']} steps in {summary.get('epochs')} epochs")
-    if summary.get("family"):
-        parts.append(str(summary["family"]))
-    return " · ".join(parts) + "." if parts else ""
+    parts = [
+        _counted(summary.get("images"), "image"),
+        _counted(len(summary.get("buckets") or ()), "bucket"),
+        f"{summary['repeats']} seen in an epoch" if summary.get("repeats") else "",
+        _counted(summary.get("epochs"), "epoch"),
+        _counted(summary.get("total_steps"), "step"),
+        str(summary.get("family") or ""),
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _counted(count: int | None, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}" if count else ""
 
 
 def theme() -> gr.themes.Base:

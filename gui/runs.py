@@ -35,7 +35,7 @@ _ID = re.compile(r"\d{8}-\d{6}-[\w.-]+")
 _TAIL_BYTES = 16384
 
 
-class Busy(Exception):
+class BusyError(Exception):
     """A run is going on; a second one would share its memory. The message names it."""
 
 
@@ -104,14 +104,14 @@ class Runs:
         return found
 
     def start(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Run:
-        """Start a trainer of its own on these settings. Raises Busy while another run goes on."""
+        """Start a trainer of its own on these settings. Raises BusyError while another run goes on."""
         with self._lock:
             active = self.active()
             if active is not None:
-                raise Busy(f"{active.folder.name} is still going on. Stop it first, or wait for its end.")
+                raise BusyError(f"{active.folder.name} is still going on. Stop it first, or wait for its end.")
             run = new_run(self.folder, str(values.get("output_name") or "lora"))
             kohya.save(run.config, values, kept)
-            with open(run.log, "ab") as log:
+            with run.log.open("ab") as log:
                 process = subprocess.Popen(  # noqa: S603
                     [*self.trainer, "train", str(run.config), "--run", str(run.folder)],
                     cwd=self.root,
@@ -186,7 +186,7 @@ def kill(run: Run) -> None:
 def last_events(run: Run) -> list[dict[str, Any]]:
     """The events in the last part of the stream, oldest first."""
     try:
-        with open(run.events, "rb") as file:
+        with run.events.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL_BYTES))
             data = file.read()
@@ -234,8 +234,9 @@ def state(run: Run, tail: Sequence[Mapping[str, Any]] | None = None) -> State:
 def cause(run: Run, failed: Mapping[str, Any] | None) -> Cause:
     """Why a crashed run ended: its own word for it, else its exit code or signal."""
     if failed is not None:
-        title = str(failed["kind"]).replace("_", " ").capitalize()
-        keys = LEAST_MEMORY_KEYS if failed["kind"] == "out_of_memory" else ()
+        kind = str(failed["kind"])
+        title = "Unexpected error" if kind == "crash" else kind.replace("_", " ").capitalize()
+        keys = LEAST_MEMORY_KEYS if kind == "out_of_memory" else ()
         return Cause(title, str(failed["message"]), str(failed["hint"]), keys)
     if run.killed.exists():
         return Cause("Killed", "The trainer was killed from this page; the step it was in is not saved.", "")
@@ -281,7 +282,7 @@ def _by_signal(number: int) -> Cause:
 
 def _last_line(run: Run) -> str:
     try:
-        with open(run.log, "rb") as file:
+        with run.log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
             lines = file.read().decode("utf-8", "replace").strip().splitlines()
     except FileNotFoundError:

@@ -7,6 +7,8 @@ async function begin(server) {
   form.models = hello.models;
   document.body.append(make("datalist", { id: "lw-models" }, ...hello.models.map((value) => make("option", { value }))));
   form.attach();
+  // What sticks below the bar must know how tall the bar is with its banner.
+  new ResizeObserver(([bar]) => document.documentElement.style.setProperty("--lw-bar", `${bar.target.offsetHeight}px`)).observe(byId("bar"));
   const banner = new Banner(byId("lw-banner"), form);
   const live = new Live(server, form);
   const bar = new Bar(form, banner, server, live);

@@ -110,7 +110,7 @@ class Chart {
       pen.fillStyle = colour("--lw-accent");
       pen.beginPath(); pen.arc(x(steps[i]), y(smooth[i]), 3.5, 0, 7); pen.fill();
     }
-    const rate = (value) => (value === null || value === undefined ? null : value.toPrecision(3).replace("e-", "e−"));
+    const rate = (value) => (value === null || value === undefined ? null : String(Number(value.toPrecision(3))));
     const [unet, text] = rates[i].map(rate);
     this.readout.textContent = [`step ${steps[i]}`, `loss ${smooth[i].toPrecision(3)} (this step ${loss[i].toPrecision(3)})`,
       unet && `U-Net rate ${unet}`, text && `text encoder rate ${text}`].filter(Boolean).join(" · ");

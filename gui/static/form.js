@@ -30,6 +30,10 @@ class Form {
     };
     const later = () => { clearTimeout(this.timer); this.timer = setTimeout(() => this.look(), 120); };
     for (const name of ["input", "change", "click", "keyup", "focusout"]) document.addEventListener(name, later, true);
+    // Gradio's dropdown opens its list on any key, Tab too, which arrives there after the list was closed.
+    window.addEventListener("keydown", (event) => {
+      if (event.key === "Tab" && event.target.role === "combobox") event.stopPropagation();
+    }, true);
     this.tip = document.body.appendChild(make("div", { id: "lw-tip", role: "tooltip", hidden: true }));
     document.addEventListener("keydown", (event) => { if (event.key === "Escape") this.tip.hidden = true; });
     new MutationObserver(() => this.dress()).observe(byId("form"), { childList: true, subtree: true });
@@ -143,12 +147,14 @@ class Form {
   }
 
   async open(tab) {
-    if (["tab-basic", "tab-advanced"].includes(tab)) await this.press("tab-parameters-button");
-    await this.press(`${tab}-button`);
+    if (["Basic", "Advanced"].includes(tab)) await this.press("Parameters");
+    await this.press(tab);
   }
 
-  async press(id) {
-    const button = await whenThere(() => byId(id));
+  // A tab that does not fit stands in Gradio's overflow menu, as a button without a role or an id.
+  async press(label) {
+    const button = await whenThere(() => [...document.querySelectorAll("#form [role=tab], #form .overflow-dropdown button")]
+      .find((tab) => tab.textContent.trim() === label));
     if (button.getAttribute("aria-selected") !== "true") button.click();
   }
 

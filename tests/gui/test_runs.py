@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gui import live, runs
-from gui.runs import Busy, Runs
+from gui.runs import BusyError, Runs
 from trainer.events import EventLog, Phase, Step
 from trainer.run import Run
 
@@ -55,7 +55,7 @@ def test_the_exit_code_is_written_down(shelf):
 
 def test_a_second_start_is_refused_while_a_run_goes_on_and_welcome_after_it(shelf):
     first = started(shelf, "steps=500")
-    with pytest.raises(Busy, match=first.folder.name):
+    with pytest.raises(BusyError, match=first.folder.name):
         started(shelf, "steps=2")
     first.request("stop")
     assert wait(first, "stopped") == "stopped"
@@ -82,7 +82,7 @@ def test_another_server_finds_a_living_run_by_its_folder_alone(shelf):
     run = started(shelf, "steps=500")
     other = Runs(shelf.folder, ROOT, FAKE)
     assert other.active() == run
-    with pytest.raises(Busy):
+    with pytest.raises(BusyError):
         other.start({}, {})
 
 

@@ -1,0 +1,156 @@
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from gui import page
+from gui.files import Roots
+from gui.presets import Presets
+from gui.runs import Runs
+from trainer.schema import PARAMETERS
+
+ROOT = Path(__file__).resolve().parents[2]
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")))
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "shipped").mkdir()
+    allowed = []
+    made = page.Desk(
+        runs=Runs(tmp_path / "runs", ROOT, FAKE),
+        presets=Presets(tmp_path / "shipped", tmp_path / "own"),
+        roots=Roots([tmp_path]),
+        allow=allowed.append,
+    )
+    made.allowed = allowed
+    return made
+
+
+def entries(desk, **changes):
+    return {**desk.hello({})["draft"]["entries"], **changes}
+
+
+def test_the_page_keeps_its_budgets(desk):
+    config = page.build(desk).get_config_file()
+    assert len(config["components"]) <= 300
+    assert len(config["dependencies"]) <= 12
+    assert [d for d in config["dependencies"] if d["api_visibility"] == "public"] == []
+    assert len(json.dumps(config)) + len(page.style()) < 250_000
+
+
+def test_every_parameter_has_a_widget_and_a_real_label(desk):
+    widgets = {c["props"].get("elem_id"): c["props"] for c in page.build(desk).get_config_file()["components"]}
+    for key, parameter in PARAMETERS.items():
+        assert widgets[f"field-{key}"]["label"] == parameter.label
+
+
+def test_the_script_calls_only_functions_that_are_offered(desk):
+    offered = {function.__name__ for function in desk.functions()}
+    called = set(re.findall(r"\bserver\.(\w+)\(", page._script()))
+    assert called == offered
+
+
+def test_the_style_and_markup_fetch_nothing_from_elsewhere():
+    for path in page.STATIC.iterdir():
+        assert not re.search(r"https?://|@import|url\(", path.read_text(encoding="utf-8")), path.name
+
+
+def test_a_draft_survives_a_restart_with_what_the_form_cannot_use(desk):
+    desk.draft_saved({"entries": entries(desk, learning_rate="fast", network_dim="16"), "kept": {"other": 1}})
+    again = desk.hello({})["draft"]
+    assert (again["entries"]["learning_rate"], again["entries"]["network_dim"]) == ("fast", "16")
+    assert again["kept"] == {"other": 1}
+    assert [p["key"] for p in again["problems"]] == ["learning_rate"]
+
+
+def test_a_draft_that_cannot_be_read_gives_the_defaults(desk):
+    desk.runs.folder.mkdir()
+    desk.draft.write_text("{half")
+    assert desk.hello({})["draft"]["entries"]["epoch"] == "1"
+
+
+def test_a_loaded_preset_tells_what_became_of_its_keys(desk, tmp_path):
+    (tmp_path / "shipped" / "old.json").write_text(
+        '{"xformers": true, "dora_wd": true, "nonsense": 1, "v2": "perhaps"}'
+    )
+    answer = desk.load({"id": "shipped/old"})
+    assert {note["key"]: note["what"] for note in answer["notes"]} == {
+        "xformers": "converted",
+        "dora_wd": "not supported",
+        "nonsense": "unknown",
+    }
+    assert answer["problems"][0]["key"] == "v2" and "default is shown" in answer["problems"][0]["message"]
+    assert answer["entries"]["xformers"] == "xformers"
+
+
+def test_a_preset_that_is_gone_is_told(desk):
+    assert "cannot be read" in desk.load({"id": "own/gone"})["problems"][0]["message"]
+
+
+def test_saving_asks_before_it_replaces(desk):
+    order = {"name": "mine", "entries": entries(desk), "kept": {}}
+    assert desk.save(order)["id"] == "own/mine"
+    assert desk.save(order) == {"exists": True}
+    assert desk.save({**order, "replace": True})["presets"] == ["own/mine"]
+    assert desk.save({**order, "name": "a/b"})["problems"][0]["key"] == "preset"
+
+
+@pytest.mark.parametrize(("text", "line"), [('{"a": 1,\n oops}', 2), ("", 1), ("[1]", 1)])
+def test_json_that_is_no_preset_is_told_with_its_line(desk, text, line):
+    answer = desk.parse({"text": text})
+    assert answer["line"] == line and answer["problems"] and "entries" not in answer
+
+
+def test_the_form_as_json_and_back(desk):
+    text = desk.flat({"entries": entries(desk, network_dim="16"), "kept": {"other": [1], "wandb_api_key": "secret"}})[
+        "text"
+    ]
+    assert "secret" not in text
+    again = desk.parse({"text": text})
+    assert again["entries"]["network_dim"] == "16" and again["kept"] == {"other": [1]}
+
+
+def test_a_start_with_errors_starts_nothing(desk):
+    answer = desk.start({"entries": entries(desk, learning_rate="fast"), "kept": {}})
+    assert "run" not in answer and [p["key"] for p in answer["problems"]] == ["learning_rate"]
+    assert desk.runs.ids() == []
+
+
+def test_a_second_start_says_which_run_goes_on(desk):
+    order = {"entries": entries(desk, training_comment="steps=500"), "kept": {}}
+    run = desk.start(order)["run"]
+    try:
+        assert run in desk.start(order)["problems"][0]["message"]
+    finally:
+        desk.control({"run": run, "word": "kill"})
+
+
+def test_only_samples_and_asked_for_files_may_be_fetched(desk):
+    run = desk.start({"entries": entries(desk, training_comment="steps=2"), "kept": {}})["run"]
+    folder = desk.runs.folder / run
+    while desk.poll({"run": "", "follow": run})["state"] != "done":
+        pass
+    assert set(desk.allowed) == {folder / "samples"}
+    assert desk.download({"run": run, "name": "last.safetensors"})["path"] == str(
+        folder / "output" / "last.safetensors"
+    )
+    assert desk.download({"run": run, "name": "../../x"}) == {"path": None}
+    assert desk.download({"run": "../x", "name": "log.txt"}) == {"path": None}
+
+
+def test_requests_that_are_none_are_not_written(desk):
+    run = desk.start({"entries": entries(desk, training_comment="steps=2"), "kept": {}})["run"]
+    desk.control({"run": run, "word": "rm -rf"})
+    assert not (desk.runs.folder / run / "control").exists()
+    while desk.poll({"run": "", "follow": run})["state"] != "done":
+        pass
+
+
+def test_the_outline_counts_in_plain_words():
+    summary = {"images": 1, "buckets": [1], "repeats": 10, "epochs": 2, "total_steps": 20, "family": "sd1"}
+    assert page.outline(summary) == "1 image · 1 bucket · 10 seen in an epoch · 2 epochs · 20 steps · sd1"
+    assert page.outline({}) == ""
