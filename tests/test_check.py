@@ -17,7 +17,7 @@ from skimage import data
 
 from trainer import kohya
 from trainer.__main__ import main
-from trainer.check import not_writable, problems
+from trainer.check import not_writable, problems, report
 from trainer.kohya import Preset
 from trainer.run import EXIT_CONFIG, EXIT_DONE
 from trainer.schema import PARAMETERS
@@ -276,7 +276,24 @@ junk = st.one_of(
     st.floats(),
     st.text(max_size=20),
     st.sampled_from(
-        ["", "0", "1e-4", "embedded:..", "/", ".", "~", "\0", "a/b", "C:\\x", "//x/y", "--w 3", "512,", "-1"]
+        [
+            "",
+            "0",
+            "1e-4",
+            "embedded:..",
+            "/",
+            ".",
+            "~",
+            "\0",
+            "\ud800",
+            "/\udcff",
+            "a/b",
+            "C:\\x",
+            "//x/y",
+            "--w 3",
+            "512,",
+            "-1",
+        ]
     ),
     st.lists(st.integers(), max_size=2),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
@@ -285,11 +302,13 @@ junk = st.one_of(
 
 @given(change=st.dictionaries(st.sampled_from(sorted(PARAMETERS)), junk, max_size=12))
 @hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_preset_makes_it_stumble(settings, change):
-    checked = problems(Preset(settings | change))
+def test_no_preset_makes_it_stumble(settings, change, capsysbinary):
+    preset = Preset(settings | change)
+    checked = problems(preset)
+    assert report(preset, as_json=False) == (EXIT_CONFIG if checked.errors else EXIT_DONE)
+    capsysbinary.readouterr()[0].decode()
     assert (checked.config is None) == bool(checked.errors)
     assert all(problem.message and problem.label for problem in checked.problems)
-    json.dumps([str(problem) for problem in checked.problems])
 
 
 @given(values=st.dictionaries(st.sampled_from(sorted([*PARAMETERS, *kohya.OLDER_KEYS, "other"])), junk, max_size=30))

@@ -37,6 +37,7 @@ def test_a_missing_path_is_told_by_what_exists_of_it(tmp_path):
 
 
 def test_any_path_can_be_shown():
-    assert shown("/a/\udce9") == "/a/\\xe9"
-    assert shown("a\0b") == "a\\x00b"
+    assert shown("/a/\udce9") == "/a/\\udce9"
+    assert shown("/a/\ud800") == "/a/\\ud800"
+    assert shown("a\0b") == "a\\0b"
     assert shown("/été") == "/été"

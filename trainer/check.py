@@ -96,7 +96,7 @@ def report(preset: Preset, as_json: bool) -> int:
         }
         print(json.dumps(answer))
     else:
-        print("\n".join(_lines(checked)))
+        print("\n".join(shown(line) for line in _lines(checked)))
     return EXIT_CONFIG if checked.errors else EXIT_DONE
 
 

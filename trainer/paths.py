@@ -37,8 +37,8 @@ def base_model(text: str) -> Path:
 
 
 def shown(path: Path | str) -> str:
-    """A path for a message: bytes that are not UTF-8 stand as \\xNN, so that it can be printed."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace") if "\0" not in str(path) else repr(str(path))[1:-1]
+    """A path for a message; what cannot be printed (bytes that are not UTF-8, NUL) stands escaped."""
+    return str(path).replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
 def absent(text: str, noun: str) -> str:

@@ -133,6 +133,8 @@ class Group(BaseModel):
     @classmethod
     def _coerce(cls, value: Any, info: Any) -> Any:
         field = cls.model_fields[info.field_name]
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("holds bytes or characters that are not text in UTF-8")
         return coerce(value, kind_of(field), field)
 
 
