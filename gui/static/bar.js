@@ -78,7 +78,7 @@ class Bar {
   // Show a preset that the server read, and what became of its keys. Undo brings the form back.
   async take(answer, title) {
     if (!answer.entries) return this.banner.show("error", "This preset cannot be loaded.", answer.problems);
-    const before = { entries: this.form.entries, kept: this.form.kept };
+    const before = { entries: await this.form.read(), kept: this.form.kept };
     await this.form.fill(answer.entries, answer.kept);
     const undo = ["Undo", async () => { await this.form.fill(before.entries, before.kept); this.banner.clear(); }];
     const items = [...answer.problems, ...answer.notes];

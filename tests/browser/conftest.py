@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if CHROMIUM is None:
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="there is no Chromium on this machine"))
+
+
+@dataclass
+class Server:
+    """A page's server in a process of its own."""
+
+    runs: Path
+    program: Path
+    arguments: tuple[str, ...] = ()
+    port: int = 0
+    process: subprocess.Popen | None = field(default=None, repr=False)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def start(self) -> None:
+        if not self.port:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self.port = probe.getsockname()[1]
+        command = [sys.executable, str(self.program), "--server_port", str(self.port), "--runs", str(self.runs), *self.arguments]
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        )
+        for line in self.process.stdout:
+            if "Lorawright is at" in line:
+                return
+        raise RuntimeError(f"the server ended with {self.process.wait()}")
+
+    def stop(self) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(10)
+
+    def end_runs(self) -> None:
+        from gui.runs import kill
+        from trainer.run import Run
+
+        for folder in self.runs.glob("2*"):
+            kill(Run(folder))
+
+    def forget(self) -> None:
+        """Back to a page that nobody has used; the server keeps no state of its own."""
+        self.end_runs()
+        for item in self.runs.iterdir():
+            shutil.rmtree(item, ignore_errors=True) if item.is_dir() else item.unlink()
+
+
+@contextlib.contextmanager
+def serving(runs: Path, program: str, *arguments: str) -> Iterator[Server]:
+    runs.mkdir(parents=True, exist_ok=True)
+    server = Server(runs, ROOT / program, arguments)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        server.end_runs()
+
+
+FAKE = "tests/browser/serve.py"
+REAL = "app.py"
+
+
+@pytest.fixture(scope="session")
+def _shared(tmp_path_factory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("with a blank ü")
+    (folder / "files" / "10_cat").mkdir(parents=True)
+    (folder / "files" / "10_cat" / "a.png").write_bytes(b"")
+    with serving(folder / "runs", FAKE, "--root", str(folder / "files")) as server:
+        yield server
+
+
+@pytest.fixture
+def server(_shared) -> Server:
+    """A page with the stand-in for the trainer, unused."""
+    _shared.forget()
+    return _shared
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium) -> Iterator[Callable]:
+    """Open a page and wait until it is usable. Errors in it and requests to other hosts fail the test."""
+    found: list[str] = []
+    contexts = []
+
+    def open_page(server: Server, path: str = "", width: int = 1440, height: int = 900, dark: bool = False, ready: bool = True, context=None):
+        if context is None:
+            context = chromium.new_context(
+                viewport={"width": width, "height": height},
+                color_scheme="dark" if dark else "light",
+                accept_downloads=True,
+            )
+            contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15000)
+        page.on("pageerror", lambda error: found.append(f"error in the page: {error}"))
+        page.on("console", lambda m: found.append(f"console: {m.text}") if "js_on_load" in m.text or "Uncaught" in m.text else None)
+        page.on(
+            "request",
+            lambda r: None if r.url.startswith((server.url, "data:", "blob:")) else found.append(f"foreign request: {r.url}"),
+        )
+        page.goto(server.url + path)
+        if ready:
+            wait_ready(page)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not found, "\n".join(found)
+
+
+def wait_ready(page) -> None:
+    page.wait_for_selector("html[data-lorawright=ready]", state="attached")
+
+
+def wait_state(page, *states: str, patience_s: float = 30) -> str:
+    """Wait until the pill shows one of the states. Returns its text."""
+    page.wait_for_function(
+        "states => states.includes(document.getElementById('lw-pill').dataset.state)",
+        arg=list(states),
+        timeout=patience_s * 1000,
+    )
+    return page.inner_text("#lw-pill")
+
+
+def open_tab(page, *names: str) -> None:
+    for name in names:
+        page.get_by_role("tab", name=name, exact=True).click()
+
+
+def set_text(page, key: str, text: str) -> None:
+    page.locator(f"#field-{key}").locator("input, textarea").fill(text)
+
+
+def shown(page, key: str) -> str:
+    return page.locator(f"#field-{key}").locator("input, textarea").input_value()
+
+
+def wait_drafted(page, after: float = 0) -> None:
+    """Wait until the draft on the server holds what the form shows now."""
+    began = page.evaluate("Date.now()")
+    page.wait_for_function("began => Number(document.getElementById('form').dataset.drafted || 0) > began", arg=began)
+
+
+def eventually(check: Callable[[], bool], patience_s: float = 15) -> None:
+    until = time.monotonic() + patience_s
+    while not check():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.05)

@@ -1,0 +1,225 @@
+import json
+
+import pytest
+
+from tests.browser.conftest import open_tab, set_text, shown, wait_drafted, wait_ready
+
+OLD = {
+    "learning_rate": "fast",
+    "network_dim": "16",
+    "xformers": True,
+    "dora_wd": True,
+    "nonsense": [1],
+    "description": "From the wild.",
+}
+
+
+def put_preset(server, name, values):
+    folder = server.runs / "presets"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(values))
+
+
+def load(page, name):
+    page.select_option("#lw-preset", f"own/{name}")
+    page.get_by_role("button", name="Load", exact=True).click()
+    page.wait_for_selector(f"#lw-banner >> text=Loaded “{name}”")
+
+
+def test_a_preset_fills_every_tab_and_tells_what_became_of_its_keys(server, visit):
+    put_preset(server, "old", {**OLD, "sample_prompts": "a\nb", "v2": True})
+    page = visit(server)
+    open_tab(page, "Samples")
+    set_text(page, "sample_sampler", "ddim")
+    load(page, "old")
+    banner = page.inner_text("#lw-banner")
+    assert "From the wild." in banner
+    for words in ("converted", "not supported", "unknown", "nonsense", "dora_wd", "Learning rate"):
+        assert words in banner
+    assert shown(page, "sample_prompts") == "a\nb"
+    assert shown(page, "sample_sampler") == "euler_a", "what the preset does not name goes back to its default"
+    open_tab(page, "Parameters")
+    assert shown(page, "network_dim") == "16"
+    open_tab(page, "Source model")
+    assert page.get_by_label("v2", exact=True).is_checked()
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_function("!document.querySelector('#lw-banner').textContent")
+    assert not page.get_by_label("v2", exact=True).is_checked()
+    open_tab(page, "Samples")
+    assert shown(page, "sample_sampler") == "ddim"
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_banner_names_the_control_and_a_click_focuses_it(server, visit, width):
+    put_preset(server, "old", {"learning_rate": "fast", "keep_tokens": -1})
+    page = visit(server, width=width)
+    load(page, "old")
+    page.get_by_role("button", name="Check", exact=True).click()
+    page.wait_for_selector("#lw-banner >> text=2 things stand in the way")
+    page.locator("#lw-banner").get_by_role("button", name="Learning rate", exact=True).click()
+    page.wait_for_function("document.activeElement.closest('.field')?.id === 'field-learning_rate'")
+    assert page.locator("#field-learning_rate input").get_attribute("aria-invalid") is not None
+    # This one is hidden while captions are not shuffled; the banner shows it all the same.
+    page.locator("#lw-banner").get_by_role("button", name="Keep n tokens").click()
+    page.wait_for_function("document.activeElement.closest('.field')?.id === 'field-keep_tokens'")
+
+
+def test_a_change_survives_a_reload_and_is_marked(server, visit):
+    page = visit(server)
+    assert page.inner_text("#lw-changed") == "all default"
+    open_tab(page, "Parameters")
+    set_text(page, "network_dim", "32")
+    page.get_by_label("Cache latents", exact=True).uncheck()
+    page.wait_for_selector("#lw-changed >> text=2 changed")
+    wait_drafted(page)
+    dots = page.evaluate(
+        "[...document.querySelectorAll('.field')].filter(f => getComputedStyle(f).getPropertyValue('--lw-dot')).map(f => f.id)"
+    )
+    assert dots == ["field-cache_latents", "field-network_dim"]
+    page.reload()
+    wait_ready(page)
+    assert page.inner_text("#lw-changed") == "2 changed"
+    open_tab(page, "Parameters")
+    assert shown(page, "network_dim") == "32"
+    assert not page.get_by_label("Cache latents", exact=True).is_checked()
+
+
+def test_pasted_and_deleted_text_counts_as_a_change(server, visit):
+    page = visit(server)
+    box = page.locator("#field-training_comment input")
+    box.evaluate("box => { box.focus(); document.execCommand('insertText', false, 'pasted'); }")
+    page.wait_for_selector("#lw-changed >> text=1 changed")
+    box.press("Control+A")
+    box.press("Backspace")
+    page.wait_for_selector("#lw-changed >> text=all default")
+
+
+def test_a_number_written_otherwise_is_no_change(server, visit):
+    page = visit(server)
+    open_tab(page, "Parameters")
+    set_text(page, "learning_rate", "1e-4")
+    set_text(page, "seed", "3")
+    page.wait_for_selector("#lw-changed >> text=1 changed")
+
+
+def test_controls_come_and_go_with_what_they_depend_on(server, visit):
+    page = visit(server)
+    open_tab(page, "Parameters")
+    cycles, warmup = page.locator("#field-lr_scheduler_num_cycles"), page.locator("#field-lr_warmup")
+    assert cycles.is_hidden() and warmup.is_visible()
+    page.locator("#field-lr_scheduler input").click()
+    page.get_by_role("option", name="cosine_with_restarts").click()
+    cycles.wait_for(state="visible")
+    put_preset(server, "constant", {"lr_scheduler": "constant"})
+    page.reload()
+    wait_ready(page)
+    load(page, "constant")
+    open_tab(page, "Parameters")
+    cycles.wait_for(state="hidden")
+    warmup.wait_for(state="hidden")
+
+
+def test_a_bad_value_is_marked_while_it_is_typed(server, visit):
+    page = visit(server)
+    open_tab(page, "Parameters")
+    set_text(page, "epoch", "many")
+    page.wait_for_selector("#field-epoch input[aria-invalid]")
+    assert "whole number" in page.evaluate("getComputedStyle(document.getElementById('field-epoch'), '::after').content")
+    set_text(page, "epoch", "3")
+    page.wait_for_selector("#field-epoch input:not([aria-invalid])")
+
+
+def test_help_opens_by_keyboard_and_by_mouse(server, visit):
+    page = visit(server)
+    tip = page.get_by_role("tooltip")
+    page.get_by_role("button", name="Help for VAE").hover()
+    assert "Another VAE" in tip.inner_text()
+    page.mouse.move(5, 700)
+    tip.wait_for(state="hidden")
+    page.get_by_label("VAE", exact=True).focus()
+    page.keyboard.press("Tab")
+    assert "Another VAE" in tip.inner_text()
+    page.keyboard.press("Escape")
+    tip.wait_for(state="hidden")
+
+
+def test_leaving_a_dropdown_by_tab_closes_its_list(server, visit):
+    page = visit(server)
+    page.locator("#field-save_precision input").click()
+    page.get_by_role("option", name="bf16").wait_for()
+    page.keyboard.press("Tab")
+    page.get_by_role("option", name="bf16").wait_for(state="detached")
+
+
+def test_saving_asks_before_it_replaces_and_the_preset_comes_back(server, visit):
+    page = visit(server)
+    set_text(page, "training_comment", "first")
+    for comment, replaces in (("first", False), ("second", True)):
+        set_text(page, "training_comment", comment)
+        page.get_by_role("button", name="Save preset").click()
+        page.get_by_label("Name of the preset").fill("Mine (ü)")
+        page.get_by_role("button", name="Save", exact=True).click()
+        if replaces:
+            page.get_by_role("button", name="Replace").click()
+        page.wait_for_selector("#lw-banner >> text=Saved as")
+        page.get_by_role("button", name="Dismiss").click()
+    page.get_by_role("button", name="Reset to defaults").click()
+    page.wait_for_selector("#lw-changed >> text=all default")
+    assert shown(page, "training_comment") == ""
+    load(page, "Mine (ü)")
+    assert shown(page, "training_comment") == "second"
+    assert page.evaluate("document.getElementById('lw-preset').selectedOptions[0].textContent") == "Mine (ü)"
+
+
+def test_a_path_is_picked_in_the_browser_of_folders(server, visit):
+    page = visit(server)
+    open_tab(page, "Folders")
+    page.get_by_role("button", name="Browse for Image folder").click()
+    page.get_by_role("option", name="files").click()
+    page.get_by_role("option", name="10_cat").click()
+    page.wait_for_selector("text=1 image in this folder")
+    page.get_by_role("button", name="Use this folder").click()
+    assert shown(page, "train_data_dir").endswith("10_cat")
+    page.wait_for_selector("#lw-changed >> text=1 changed")
+
+
+def test_the_json_of_the_form_can_be_edited_and_errors_have_a_line(server, visit):
+    page = visit(server)
+    open_tab(page, "Config (JSON)")
+    box = page.get_by_label("Settings as JSON")
+    page.wait_for_function("document.getElementById('lw-json').value.includes('network_dim')")
+    box.fill('{"network_dim": 12,\n "epoch" 3}')
+    page.get_by_role("button", name="Apply").click()
+    page.wait_for_selector("#lw-banner >> text=Line 2")
+    box.fill('{"network_dim": 12,\n "epoch": 3, "other": 1}')
+    page.get_by_role("button", name="Apply").click()
+    page.wait_for_selector("#lw-changed >> text=2 changed")
+    page.wait_for_function("document.getElementById('lw-json').value.includes('\"other\": 1')")
+    open_tab(page, "Parameters")
+    assert (shown(page, "network_dim"), shown(page, "epoch")) == ("12", "3")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_phone_never_scrolls_sideways(server, visit, dark):
+    page = visit(server, width=390, height=844, dark=dark)
+    for tab in ("Folders", "Parameters", "Advanced", "Samples", "Config (JSON)", "Runs"):
+        page.evaluate(
+            """name => [...document.querySelectorAll('#form [role=tab], #form .overflow-dropdown button')]
+               .find(tab => tab.textContent.trim() === name).click()""",
+            tab,
+        )
+        page.wait_for_timeout(150)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+
+
+def test_every_control_has_a_name(server, visit):
+    page = visit(server)
+    for tabs in (["Source model"], ["Folders"], ["Parameters", "Basic"], ["Advanced"], ["Samples"], ["Config (JSON)"], ["Runs"]):
+        open_tab(page, *tabs)
+        page.wait_for_timeout(100)
+        nameless = page.evaluate(
+            """() => [...document.querySelectorAll('input, textarea, select, button')].filter(e => e.offsetParent)
+               .filter(e => !(e.labels?.[0]?.textContent || e.ariaLabel || e.textContent || e.title).trim())
+               .map(e => e.outerHTML.slice(0, 120))"""
+        )
+        assert nameless == []
