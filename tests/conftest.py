@@ -64,6 +64,8 @@ def settings(tiny_model: Path, photographs: Path, tmp_path: Path) -> dict[str, A
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., Any]:
     """Train with a preset in this process; returns (exit code, the run's events, its folder)."""
+    from accelerate.state import AcceleratorState
+
     from trainer import events
     from trainer.__main__ import main
 
@@ -76,6 +78,7 @@ def train(tmp_path: Path) -> Callable[..., Any]:
         path.write_text(json.dumps(preset))
         folder = tmp_path / f"run{count}"
         code = main(["train", str(path), "--run", str(folder), *arguments])
+        AcceleratorState._reset_state(reset_partial_state=True)  # one process trains once, outside tests
         stream = [event for event, _ in events.read(folder / "events.jsonl")] if folder.exists() else []
         return code, stream, folder
 

@@ -32,7 +32,7 @@ def model() -> sd.StableDiffusion:
 
 @pytest.fixture(scope="module")
 def network(model: sd.StableDiffusion) -> networks.Network:
-    made = networks.build(model.targets(), {"unet", "text_encoder"}, 8, 1.0)
+    made = networks.build("Standard", model.targets(), {"unet", "text_encoder"}, 8, 1.0)
     with torch.no_grad():
         for name, tensor in made.tensors().items():
             if not name.endswith(".alpha"):

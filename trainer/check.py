@@ -126,10 +126,10 @@ def settings(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
         config, bad = _as_far_as_it_goes(values)
     known = {(problem.key, problem.message) for problem in found}
     for problem in conflicts(config):
-        meant = (problem.key, problem.message) in known or any(
+        told = (problem.key, problem.message) in known or any(
             key == problem.key or f"({key})" in problem.message for key in bad
         )
-        if not meant:
+        if not told:
             found.append(problem)
     return config, found
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,24 @@ from trainer.schema.rules import text_encoder_rate, unet_rate
 
 BASE_VERSIONS = {"sd1": "sd_v1"}
 ARCHITECTURES = {"sd1": "stable-diffusion-v1"}
-SAVE_DTYPES = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# What sd-scripts writes for features that are off.
+UNUSED = {
+    "ss_caption_tag_dropout_rate": "0.0",
+    "ss_debiased_estimation": "False",
+    "ss_face_crop_aug_range": "None",
+    "ss_fp8_base": "False",
+    "ss_fp8_base_unet": "False",
+    "ss_huber_c": "0.1",
+    "ss_huber_scale": "1.0",
+    "ss_huber_schedule": "snr",
+    "ss_ip_noise_gamma": "None",
+    "ss_ip_noise_gamma_random_strength": "False",
+    "ss_loss_type": "l2",
+    "ss_lowram": "False",
+    "ss_noise_offset_random_strength": "False",
+    "ss_scale_weight_norms": "None",
+    "ss_zero_terminal_snr": "False",
+}
 
 
 @dataclass(frozen=True)
@@ -96,14 +114,14 @@ def describe(
         "ss_v2": config.model.v2,
         "ss_base_model_version": BASE_VERSIONS[family],
         "ss_clip_skip": captions.clip_skip,
-        "ss_max_token_length": captions.max_tokens,
+        "ss_max_token_length": captions.max_tokens if captions.max_tokens > 75 else None,
         "ss_cache_latents": data.cache_latents,
         "ss_seed": seed,
         "ss_noise_offset": noise.noise_offset if original else None,
         "ss_adaptive_noise_scale": noise.adaptive_noise_scale if original else None,
         "ss_multires_noise_iterations": noise.multires_iterations if multires else None,
         "ss_multires_noise_discount": (noise.multires_discount or 0.3) if multires else None,
-        "ss_training_comment": config.saving.comment,
+        "ss_training_comment": config.saving.comment or None,
         "ss_optimizer": optim.optimizer + (f"({arguments})" if arguments else ""),
         "ss_max_grad_norm": optim.max_grad_norm,
         "ss_caption_dropout_rate": captions.dropout_rate,
@@ -128,12 +146,14 @@ def describe(
         "ss_reg_dataset_dirs": json.dumps(_folders(dataset, regularisation=True)),
         **_model("sd_model", base_model(config.model.path)),
         **(_model("vae", resolve(config.model.vae)) if config.model.vae else {}),
-        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{ARCHITECTURES[family]}/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.implementation": "diffusers",
+        "modelspec.implementation_version": f"lorawright/{version('lorawright')}",
         "modelspec.resolution": f"{data.resolution[0]}x{data.resolution[1]}",
         "modelspec.prediction_type": "v" if config.model.v_parameterization else "epsilon",
-        "modelspec.encoder_layer": str(captions.clip_skip),
+        **({"modelspec.encoder_layer": captions.clip_skip} if captions.clip_skip > 1 else {}),
+        **UNUSED,
     }
     return Description({key: str(value) for key, value in values.items()})
 

@@ -187,9 +187,8 @@ def _network(config: Config, model: Any, seed: int) -> Network:
     settings = config.network
     weights = checkpoint.read_lora(resolve(settings.weights)) if settings.weights else None
     set_torch_to(seed, "network")
-    network = networks.build(
-        model.targets(), parts, settings.rank, settings.alpha, weights if settings.dim_from_weights else None
-    )
+    sizes = weights if settings.dim_from_weights else None
+    network = networks.build(settings.type, model.targets(), parts, settings.rank, settings.alpha, sizes)
     if weights is not None:
         with torch.no_grad():
             network.read(weights)

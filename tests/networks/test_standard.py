@@ -77,8 +77,8 @@ def test_gradients_are_exact_in_float32_while_the_layer_computes_in_bfloat16(cas
 def test_reading_a_file_of_another_rank_is_refused_with_both_shapes():
     layer = torch.nn.Linear(12, 20)
     targets = {"lora_unet_x": ("unet", layer)}
-    network = networks.build(targets, {"unet"}, 4, 1.0)
-    other = networks.build(targets, {"unet"}, 8, 1.0).tensors()
+    network = networks.build("Standard", targets, {"unet"}, 4, 1.0)
+    other = networks.build("Standard", targets, {"unet"}, 8, 1.0).tensors()
     with pytest.raises(ModelError, match=r"\[8, 12\].*\[4, 12\]"), torch.no_grad():
         network.read(other)
 
@@ -86,16 +86,16 @@ def test_reading_a_file_of_another_rank_is_refused_with_both_shapes():
 def test_reading_takes_over_alpha_too():
     layer = torch.nn.Linear(12, 20)
     targets = {"lora_unet_x": ("unet", layer)}
-    network = networks.build(targets, {"unet"}, 4, 1.0)
+    network = networks.build("Standard", targets, {"unet"}, 4, 1.0)
     with torch.no_grad():
-        network.read(networks.build(targets, {"unet"}, 4, 3.0).tensors())
+        network.read(networks.build("Standard", targets, {"unet"}, 4, 3.0).tensors())
     assert network.layers["lora_unet_x"].scale == pytest.approx(3 / 4)
 
 
 def test_rank_and_alpha_can_come_from_a_file():
     targets = {"lora_unet_x": ("unet", torch.nn.Linear(12, 20)), "lora_unet_y": ("unet", torch.nn.Linear(5, 6))}
-    weights = networks.build({"lora_unet_x": targets["lora_unet_x"]}, {"unet"}, 6, 3.0).tensors()
-    network = networks.build(targets, {"unet"}, 2, 1.0, weights)
+    weights = networks.build("Standard", {"lora_unet_x": targets["lora_unet_x"]}, {"unet"}, 6, 3.0).tensors()
+    network = networks.build("Standard", targets, {"unet"}, 2, 1.0, weights)
     assert set(network.layers) == {"lora_unet_x"}
     assert network.layers["lora_unet_x"].rank == 6
     assert network.layers["lora_unet_x"].scale == pytest.approx(0.5)

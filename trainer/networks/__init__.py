@@ -16,7 +16,7 @@ import torch
 from trainer.errors import ModelError
 from trainer.networks import standard
 
-PREFIXES = {"text_encoder": "lora_te_", "unet": "lora_unet_"}
+ALGORITHMS = {module.LABEL: module for module in (standard,)}
 
 
 class LoRAModule(Protocol):
@@ -99,6 +99,7 @@ class Network(torch.nn.Module):
 
 
 def build(
+    algorithm: str,
     targets: Mapping[str, tuple[str, torch.nn.Module]],
     parts: set[str],
     rank: int,
@@ -107,7 +108,7 @@ def build(
 ) -> Network:
     """A network on all target layers of the wanted parts.
 
-    `targets`: kohya's name → (part, layer). With `weights`, rank and alpha of each layer come
+    `algorithm` is a LoRA type's label. `targets`: kohya's name → (part, layer). With `weights`, rank and alpha of each layer come
     from that file, and layers that it does not hold get no module (DIM from weights).
     """
     modules: dict[str, torch.nn.Module] = {}
@@ -120,5 +121,5 @@ def build(
                 continue
             layer_rank = weights[f"{name}.lora_down.weight"].shape[0]
             layer_alpha = float(weights.get(f"{name}.alpha", torch.tensor(layer_rank)))
-        modules[name] = standard.module_for(layer, layer_rank, layer_alpha)
+        modules[name] = ALGORITHMS[algorithm].module_for(layer, layer_rank, layer_alpha)
     return Network(modules, {n: targets[n][0] for n in modules}, {n: targets[n][1] for n in modules})

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer import schema
+from trainer.errors import ConfigError
+from trainer.schema import PARAMETERS
+from trainer.schema.table import markdown
+
+ROOT = Path(__file__).parent.parent.parent
+TRAINER = ROOT / "trainer"
+
+
+def test_every_field_is_read_somewhere_in_the_trainer():
+    """No control is dead: outside the schema, each field is read off its group or off `settings`."""
+    read = set()
+    for path in TRAINER.rglob("*.py"):
+        if path.parent.name != "schema" or path.name == "rules.py":
+            text = path.read_text()
+            read |= {
+                (owner_of(node.value), node.attr)
+                for node in ast.walk(ast.parse(text))
+                if isinstance(node, ast.Attribute)
+            }
+            read |= {("by key", key) for key in PARAMETERS if f'"{key}"' in text and path.name == "check.py"}
+    read_by_the_form = {"model_list"}  # picking a model fills its path
+    dead = [
+        p.key
+        for p in PARAMETERS.values()
+        if not {(p.group, p.name), ("settings", p.name), ("by key", p.key)} & read and p.key not in read_by_the_form
+    ]
+    assert dead == []
+
+
+def owner_of(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def test_every_parameter_has_help_a_label_and_a_valid_default():
+    for parameter in PARAMETERS.values():
+        assert len(parameter.help) > 40, parameter.key
+        assert parameter.label
+        assert parameter.help.endswith((".", "”")), parameter.key
+    config = schema.parse(schema.defaults())
+    assert config.optim.learning_rate == 1e-4
+
+
+def test_every_condition_names_a_parameter_and_values_it_can_have():
+    for parameter in PARAMETERS.values():
+        for other, values in parameter.when.items():
+            driver = PARAMETERS[other]
+            allowed = {True, False} if driver.kind == "switch" else set(driver.choices)
+            assert set(values) <= allowed, parameter.key
+
+
+def test_the_trainer_never_imports_the_page_and_the_schema_never_imports_torch():
+    for path in TRAINER.rglob("*.py"):
+        modules = [a.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for a in n.names]
+        modules += [n.module or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+        assert not {m.split(".")[0] for m in modules} & {"gui", "gradio", "app"}, path
+    light = "import trainer.schema, trainer.kohya, trainer.events, trainer.run, trainer.check, trainer.start, sys"
+    heavy = "print(sorted({'torch', 'diffusers', 'transformers', 'accelerate', 'gradio'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", f"{light}; {heavy}"], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]", found.stderr
+
+
+def test_the_page_imports_of_the_trainer_only_what_needs_no_torch():
+    light = {"schema", "kohya", "events", "run", "errors", "paths"}
+    for path in (ROOT / "gui").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "trainer":
+                part = node.module.split(".")[1:2] or [a.name for a in node.names]
+                assert set(part) <= light, path
+
+
+def test_the_table_in_the_docs_is_the_schemas():
+    assert (ROOT / "docs" / "parameters.md").read_text() == markdown(), (
+        "run: python -m trainer parameters > docs/parameters.md"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("train_batch_size", "8", 8),
+        ("train_batch_size", 8.0, 8),
+        ("train_batch_size", "8.0", 8),
+        ("learning_rate", "1e-4", 1e-4),
+        ("cache_latents", "0", False),
+        ("cache_latents", 1.0, True),
+        ("cache_latents", "true", True),
+        ("max_grad_norm", 0, 0.0),
+        ("max_grad_norm", "0", 0.0),
+        ("seed", "", None),
+        ("seed", None, None),
+        ("text_encoder_lr", "", None),
+        ("text_encoder_lr", 0, 0.0),
+        ("caption_extension", "", ""),
+        ("max_resolution", "512,768", (512, 768)),
+        ("max_resolution", 512, (512, 512)),
+        ("max_token_length", "225", 225),
+        ("optimizer_args", '"weight_decay=0.1" "betas=0.9,0.99"', {"weight_decay": 0.1, "betas": (0.9, 0.99)}),
+        ("optimizer_args", "", {}),
+    ],
+)
+def test_values_of_any_json_type_are_coerced(key, value, expected):
+    parameter = PARAMETERS[key]
+    config = schema.parse({key: value})
+    assert getattr(getattr(config, parameter.group), parameter.name) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train_batch_size", "two"),
+        ("train_batch_size", 0),
+        ("train_batch_size", 1.5),
+        ("learning_rate", "NaN"),
+        ("learning_rate", "-1"),
+        ("learning_rate", "1e999"),
+        ("cache_latents", "maybe"),
+        ("lr_scheduler", "warmdown"),
+        ("max_resolution", "wide"),
+        ("optimizer_args", "weight_decay"),
+        ("optimizer_args", '"weight_decay=0.1'),
+        ("network_dim", "0"),
+        ("network_dim", [1, 2]),
+        ("output_name", "a/b"),
+    ],
+)
+def test_a_bad_value_is_refused_naming_the_control_and_the_value(key, value):
+    with pytest.raises(ConfigError) as caught:
+        schema.parse({key: value})
+    (problem,) = caught.value.problems
+    assert problem.key == key
+    assert problem.label == PARAMETERS[key].label
+    assert str(value)[:8] in problem.message
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(ConfigError) as caught:
+        schema.parse({"train_batch_size": 0, "learning_rate": "x", "lr_scheduler": "y", "nonsense": 1})
+    assert {p.key for p in caught.value.problems} == {"train_batch_size", "learning_rate", "lr_scheduler", "nonsense"}
+
+
+@pytest.mark.parametrize(
+    ("values", "both"),
+    [
+        ({"dim_from_weights": True}, ("dim_from_weights", "network_weights")),
+        ({"unet_lr": 0, "text_encoder_lr": 0}, ("unet_lr", "text_encoder_lr")),
+        ({"learning_rate": 0, "unet_lr": "", "text_encoder_lr": ""}, ("unet_lr", "text_encoder_lr")),
+        ({"lr_scheduler": "adafactor", "optimizer": "AdamW"}, ("lr_scheduler", "AdamW")),
+        ({"cache_latents": False, "cache_latents_to_disk": True}, ("cache_latents_to_disk", "Cache latents")),
+        ({"min_bucket_reso": 512, "max_bucket_reso": 256}, ("min_bucket_reso", "Maximum bucket")),
+    ],
+)
+def test_a_combination_that_cannot_work_is_refused_naming_both_controls(values, both):
+    with pytest.raises(ConfigError) as caught:
+        schema.parse(values)
+    assert all(name in str(caught.value) for name in both)
+
+
+def test_settings_cannot_be_changed_once_they_are_parsed():
+    config = schema.parse({})
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.batch_size = 3
+
+
+def test_defaults_are_json():
+    assert json.loads(json.dumps(schema.defaults())) == schema.defaults()
