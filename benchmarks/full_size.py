@@ -1,0 +1,190 @@
+"""How long a full-size SD 1.5 takes here, from the start to the first step and in each step.
+
+    python benchmarks/full_size.py [--precision bf16] [--side 256] [--steps 10] [--rounds 1]
+        [--sd-scripts FOLDER --python ENVIRONMENT/bin/python --tokenizers FOLDER]
+
+Makes a base model of SD 1.5's full size with random weights and takes eight photographs from
+scikit-image (both kept in --work for the next time), then trains rank 8 on U-Net and text encoder
+with batch size 1 in processes of their own. With --sd-scripts the same is done by kohya's
+train_network.py, in turn with ours, and the ratios are printed. Needs 24 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PHOTOGRAPHS = (
+    "astronaut",
+    "chelsea",
+    "coffee",
+    "rocket",
+    "retina",
+    "immunohistochemistry",
+    "hubble_deep_field",
+    "camera",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("benchmark-work"))
+    parser.add_argument("--precision", choices=("no", "bf16"), default="bf16")
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sd-scripts", type=Path)
+    parser.add_argument("--python", type=Path)
+    parser.add_argument("--tokenizers", type=Path, help="sd-scripts' --tokenizer_cache_dir")
+    chosen = parser.parse_args()
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    model, images = make_model(chosen.work / "sd15-random.safetensors"), make_images(chosen.work / "images")
+    found: dict[str, list[dict[str, float]]] = {"lorawright": [], "sd-scripts": []}
+    for _ in range(chosen.rounds):
+        found["lorawright"].append(ours(model, images, chosen))
+        if chosen.sd_scripts:
+            found["sd-scripts"].append(theirs(model, images, chosen))
+    show(found)
+
+
+def make_model(path: Path) -> Path:
+    """The full-size SD 1.5 with random weights, fp16, in the original layout."""
+    if not path.exists():
+        import torch
+        from safetensors.torch import save_file
+
+        from trainer.models import layout, sd
+
+        configs = json.loads(sd.CONFIGS.read_text())
+        torch.manual_seed(0)
+        parts = [module.to_empty(device="cpu") for module in sd._empty(configs)]
+        for module in parts:
+            for name, weight in module.named_parameters():
+                spread = weight[0].numel() ** -0.5 if weight.dim() > 1 else 0.0
+                torch.nn.init.normal_(weight, 1.0 if weight.dim() == 1 and name.endswith("weight") else 0.0, spread)
+        tensors = layout.to_original(*(module.half().state_dict() for module in parts), configs)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path.resolve()
+
+
+def make_images(folder: Path) -> Path:
+    """Eight photographs, each seen twice an epoch."""
+    inner = folder / "2_photo"
+    if not inner.exists():
+        from PIL import Image
+        from skimage import data
+
+        inner.mkdir(parents=True)
+        for name in PHOTOGRAPHS:
+            Image.fromarray(getattr(data, name)()).convert("RGB").save(inner / f"{name}.png")
+            (inner / f"{name}.txt").write_text(f"a photograph, {name.replace('_', ' ')}")
+    return folder.resolve()
+
+
+def ours(model: Path, images: Path, chosen: argparse.Namespace) -> dict[str, float]:
+    run = chosen.work / f"run-{time.time_ns()}"
+    settings: dict[str, Any] = {
+        "pretrained_model_name_or_path": model,
+        "train_data_dir": images,
+        "caption_extension": ".txt",
+        "max_resolution": f"{chosen.side},{chosen.side}",
+        "bucket_no_upscale": False,
+        "min_bucket_reso": chosen.side // 2,
+        "max_bucket_reso": chosen.side * 2,
+        "mixed_precision": chosen.precision,
+        "optimizer": "AdamW",
+        "lr_scheduler": "constant",
+        "max_train_steps": chosen.steps,
+        "seed": 42,
+        "num_cpu_threads_per_process": os.cpu_count(),
+    }
+    (chosen.work / "preset.json").write_text("{}")
+    command = [sys.executable, "-m", "trainer", "train", str(chosen.work / "preset.json"), "--run", str(run)]
+    command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    began = time.time()
+    memory = run_alone(command, ROOT)
+    whole = time.time() - began
+    from trainer import events
+
+    ends = [float(str(e["time"])) for e, _ in events.read(run / "events.jsonl") if e["type"] == "step"]
+    return summary(began, ends, whole, memory)
+
+
+def theirs(model: Path, images: Path, chosen: argparse.Namespace) -> dict[str, float]:
+    output = (chosen.work / "sd-scripts").resolve()
+    output.mkdir(exist_ok=True)
+    side = chosen.side
+    command = [
+        *(str(chosen.python), "-u", "train_network.py", "--network_module=networks.lora"),
+        *(f"--pretrained_model_name_or_path={model}", f"--train_data_dir={images}", "--caption_extension=.txt"),
+        *(f"--resolution={side},{side}", "--enable_bucket", f"--min_bucket_reso={side // 2}"),
+        *(f"--max_bucket_reso={side * 2}", "--network_dim=8", "--network_alpha=1", "--seed=42", "--cache_latents"),
+        *("--learning_rate=1e-4", "--unet_lr=1e-4", "--text_encoder_lr=5e-5", "--optimizer_type=AdamW", "--sdpa"),
+        *("--max_data_loader_n_workers=0", f"--max_train_steps={chosen.steps}", f"--output_dir={output}"),
+        *(f"--mixed_precision={chosen.precision}", "--save_precision=fp16", "--output_name=theirs"),
+    ]
+    if chosen.tokenizers:
+        command.append(f"--tokenizer_cache_dir={chosen.tokenizers}")
+    log = chosen.work / "sd-scripts.log"
+    began = time.time()
+    memory = run_alone(command, chosen.sd_scripts, log)
+    whole = time.time() - began
+    # Its progress bar tells the elapsed time of each step in whole seconds; the mean is exact enough.
+    text = log.read_text(errors="replace")
+    paces = re.findall(rf"steps:\s+\d+%\|[^|]*\|\s*(\d+)/{chosen.steps} \[.*?,\s*([\d.]+)(s/it|it/s)", text)
+    means = {int(n): float(v) if unit == "s/it" else 1 / float(v) for n, v, unit in paces if int(n) > 0}
+    last = max(means)
+    training = means[last] * last
+    return {"mean_step_s": means[last], "rest_s": whole - training, "whole_s": whole, "memory_gb": memory}
+
+
+def run_alone(command: list[str], folder: Path, log: Path | None = None) -> float:
+    """Run a command to its end; its output goes to `log`. Returns the peak memory in GB."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(os.cpu_count())}
+    with open(log or os.devnull, "wb") as output:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"failed: {' '.join(command)}" + (f"\nsee {log}" if log else ""))
+    return usage.ru_maxrss / 2**20
+
+
+def summary(began: float, ends: list[float], whole: float, memory: float) -> dict[str, float]:
+    steps = [b - a for a, b in pairwise(ends)]
+    median = statistics.median(steps[1:])
+    mean = statistics.mean(steps)
+    return {
+        "first_step_after_s": ends[0] - began,
+        "median_step_s": median,
+        "mean_step_s": mean,
+        "rest_s": whole - mean * len(ends),
+        "whole_s": whole,
+        "memory_gb": memory,
+    }
+
+
+def show(found: dict[str, list[dict[str, float]]]) -> None:
+    print(f"{'':12}" + "".join(f"{name:>20}" for name in next(iter(found.values()))[0]))
+    for name, rounds in found.items():
+        for values in rounds:
+            print(f"{name:12}" + "".join(f"{values.get(key, float('nan')):20.2f}" for key in found["lorawright"][0]))
+    if found["sd-scripts"]:
+        ours_, theirs_ = (
+            {k: statistics.mean(r[k] for r in rounds) for k in ("mean_step_s", "rest_s", "whole_s", "memory_gb")}
+            for rounds in found.values()
+        )
+        print("ratio       " + "  ".join(f"{key} {ours_[key] / theirs_[key]:.2f}" for key in ours_))
+
+
+if __name__ == "__main__":
+    main()
