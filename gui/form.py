@@ -13,8 +13,7 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-import gradio as gr
-
+from gui.gradio_import import gr
 from trainer.errors import ConfigError, Problem
 from trainer.schema import PARAMETERS, Parameter, Section, parse
 

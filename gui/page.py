@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-
-import gradio as gr
-
 from gui import form, live
 from gui.files import Roots
+from gui.gradio_import import gr
 from gui.presets import Presets
 from gui.runs import BusyError, Runs, kill
 from trainer import kohya

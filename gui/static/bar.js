@@ -14,26 +14,27 @@ class Bar {
     form.whenChanged.push(() => this.draftLater());
     document.addEventListener("keydown", (event) => {
       if ((event.ctrlKey || event.metaKey) && event.key === "Enter") { event.preventDefault(); byId("lw-start").click(); }
-      if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "s") { event.preventDefault(); this.save(); }
+      if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "s") { event.preventDefault(); byId("lw-save").click(); }
     });
   }
 
-  // While one order is under way, no other is taken; a failure is told, not lost.
   on(id, act) {
-    byId(id).addEventListener("click", async () => {
-      if (this.working) return;
-      this.working = true;
-      document.body.classList.add("lw-working");
-      try {
-        await act();
-      } catch (error) {
-        this.banner.show("error", "The page's server did not answer. A training that runs is not affected.",
-          [{ severity: "error", key: "", label: "", message: String(error?.message || error) }]);
-      } finally {
-        this.working = false;
-        document.body.classList.remove("lw-working");
-      }
-    });
+    byId(id).addEventListener("click", () => this.order(act));
+  }
+
+  // While one order is under way, no other is taken; a failure is told, not lost.
+  async order(act) {
+    if (this.working) return;
+    this.working = true;
+    document.body.classList.add("lw-working");
+    try {
+      await act();
+    } catch (error) {
+      this.banner.show("error", `${error.message} A training that runs is not affected.`);
+    } finally {
+      this.working = false;
+      document.body.classList.remove("lw-working");
+    }
   }
 
   offer(presets) {

@@ -19,7 +19,7 @@ async function begin(server) {
   document.documentElement.dataset.lorawright = "ready";
 }
 
-begin(server).catch((error) => {
+begin(reliable(server)).catch((error) => {
   byId("lw-banner").textContent = `The page could not be put together: ${error?.message || error}`;
   throw error;
 });

@@ -47,3 +47,19 @@ function fileAddress(path) {
   const parts = path.replaceAll("\\", "/").split("/").map(encodeURIComponent).join("/");
   return `${window.gradio_config?.root || ""}/gradio_api/file=${parts}`;
 }
+
+// Gradio answers a failed call with undefined, whatever the reason; find the reason and throw it.
+function reliable(server) {
+  return new Proxy({}, {
+    get: (_, name) => async (order) => {
+      const answer = await server[name](order);
+      if (answer !== undefined) return answer;
+      let status = 0;
+      try {
+        status = (await fetch(`${window.gradio_config?.root || ""}/gradio_api/queue/status`)).status;
+      } catch { /* the server is gone, which is what status 0 says */ }
+      const reasons = { 0: "The server does not answer.", 401: "Your login has ended; reload the page.", 200: "The server failed at this; its terminal says why." };
+      throw Object.assign(new Error(reasons[status] || `The server refuses (status ${status}).`), { status });
+    },
+  });
+}

@@ -18,7 +18,13 @@ async function browse(form, parameter, server) {
     make("span", { "aria-hidden": "true", class: `lw-icon lw-icon-${icon}` }), name));
 
   async function go(path) {
-    const found = await server.listing({ path, files });
+    let found;
+    try {
+      found = await server.listing({ path, files });
+    } catch (error) {
+      note.textContent = error.message;
+      return;
+    }
     here = found.path;
     place.value = here;
     choose.disabled = !here || parameter.kind === "file";

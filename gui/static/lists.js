@@ -49,7 +49,7 @@ class Json {
   attach() {
     byId("lw-json").dataset.ready = "1";
     byId("lw-json").addEventListener("input", () => { this.edited = true; byId("lw-json-apply").disabled = false; });
-    byId("lw-json-apply").addEventListener("click", () => this.apply());
+    byId("lw-json-apply").addEventListener("click", () => this.bar.order(() => this.apply()));
     byId("lw-json-copy").addEventListener("click", () => navigator.clipboard?.writeText(byId("lw-json").value));
     this.refresh();
   }
@@ -57,8 +57,10 @@ class Json {
   async refresh() {
     const box = byId("lw-json");
     if (!box?.dataset.ready || this.edited) return;
-    const { text } = await this.server.flat({ entries: this.form.entries, kept: this.form.kept });
-    if (!this.edited) box.value = text;
+    try {
+      const { text } = await this.server.flat({ entries: this.form.entries, kept: this.form.kept });
+      if (!this.edited) box.value = text;
+    } catch { /* the live panel says that the server is away; the next change asks again */ }
   }
 
   async apply() {

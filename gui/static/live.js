@@ -12,10 +12,10 @@ class Live {
     this.pinned = new URLSearchParams(location.hash.slice(1)).get("run") || "";
     this.failures = 0;
     this.forget("");
-    for (const word of ["sample", "save", "stop"]) byId(`lw-${word}-now`).addEventListener("click", () => this.request(word));
-    byId("lw-kill").addEventListener("click", () => this.kill());
+    for (const word of ["sample", "save", "stop"]) byId(`lw-${word}-now`).addEventListener("click", () => this.told(this.request(word)));
+    byId("lw-kill").addEventListener("click", () => this.told(this.kill()));
     byId("lw-latest").addEventListener("click", () => this.watch(""));
-    byId("lw-log-file").addEventListener("click", (event) => { event.preventDefault(); this.download("log.txt"); });
+    byId("lw-log-file").addEventListener("click", (event) => { event.preventDefault(); this.told(this.download("log.txt")); });
     document.addEventListener("visibilitychange", () => { if (!document.hidden) this.soon(0); });
     this.poll();
   }
@@ -50,7 +50,7 @@ class Live {
       wait = this.take(answer);
     } catch (error) {
       this.failures += 1;
-      wait = Math.min(15000, 1000 * 2 ** Math.min(this.failures - 1, 4));
+      wait = Math.min(5000, 1000 * 2 ** (this.failures - 1));
       this.unreachable(error);
     }
     this.asking = false;
@@ -95,11 +95,9 @@ class Live {
   }
 
   unreachable(error) {
-    if (this.failures < 2) return;
-    const text = String(error?.message || error);
-    const login = /401|Unauthorized|not authenticated/i.test(text);
-    this.pill("unreachable", login ? "logged out" : "server unreachable");
-    this.say(login ? "Reload the page to log in again. Training is not affected." : "Training is not affected. Trying again …");
+    if (this.failures < 2) return; // one lost answer is no news
+    this.pill("unreachable", error.status === 401 ? "logged out" : "server unreachable");
+    this.say(`${error.message} Training is not affected. ${error.status === 401 ? "" : "Trying again …"}`);
     document.title = "⚠ Lorawright";
   }
 
@@ -203,7 +201,7 @@ class Live {
       make("p", { class: "lw-row" },
         ...cause.keys.filter((k) => this.form.known(k)).map((k) =>
           make("button", { class: "lw-link lw-control", type: "button", onclick: () => this.form.focus(k) }, this.form.label(k))),
-        make("button", { class: "lw-link", type: "button", onclick: () => this.download("log.txt") }, "Whole log")));
+        make("button", { class: "lw-link", type: "button", onclick: () => this.told(this.download("log.txt")) }, "Whole log")));
   }
 
   files() {
@@ -215,27 +213,24 @@ class Live {
     const name = (path) => path.split(/[\\/]/).pop();
     node.replaceChildren(...latest.map((s) =>
       make("button", { class: `lw-button ${s.what === "final" ? "lw-primary" : ""}`, type: "button", title: s.path,
-        onclick: () => this.download(name(s.path)) }, `↓ ${name(s.path)}`)));
+        onclick: () => this.told(this.download(name(s.path))) }, `↓ ${name(s.path)}`)));
     if (ready.length > latest.length) node.append(make("span", { class: "lw-facts" }, `and ${ready.length - latest.length} earlier`));
+  }
+
+  // An order that fails is told, not lost.
+  told(order) {
+    return order.catch((error) => this.say(`This did not arrive. ${error.message}`));
   }
 
   async request(word) {
     byId(`lw-${word}-now`).disabled = true;
-    try {
-      await this.server.control({ run: this.run, word });
-    } catch (error) {
-      this.say(`The request did not reach the server: ${error?.message || error}`);
-    }
+    await this.server.control({ run: this.run, word });
     this.soon(word === "stop" ? 0 : 1000);
   }
 
   async kill() {
     const text = make("p", {}, "The trainer ends at once. What it learned since the last saved file is lost.");
     if ((await ask("Kill the trainer?", text, [["", "Leave it"], ["kill", "Kill", "lw-danger"]])) !== "kill") return;
-    await this.request_kill();
-  }
-
-  async request_kill() {
     await this.server.control({ run: this.run, word: "kill" });
     this.soon(0);
   }

@@ -52,7 +52,15 @@ class Server:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 self.port = probe.getsockname()[1]
-        command = [sys.executable, str(self.program), "--server_port", str(self.port), "--runs", str(self.runs), *self.arguments]
+        command = [
+            sys.executable,
+            str(self.program),
+            "--server_port",
+            str(self.port),
+            "--runs",
+            str(self.runs),
+            *self.arguments,
+        ]
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -133,7 +141,15 @@ def visit(chromium) -> Iterator[Callable]:
     found: list[str] = []
     contexts = []
 
-    def open_page(server: Server, path: str = "", width: int = 1440, height: int = 900, dark: bool = False, ready: bool = True, context=None):
+    def open_page(
+        server: Server,
+        path: str = "",
+        width: int = 1440,
+        height: int = 900,
+        dark: bool = False,
+        ready: bool = True,
+        context=None,
+    ):
         if context is None:
             context = chromium.new_context(
                 viewport={"width": width, "height": height},
@@ -144,10 +160,15 @@ def visit(chromium) -> Iterator[Callable]:
         page = context.new_page()
         page.set_default_timeout(15000)
         page.on("pageerror", lambda error: found.append(f"error in the page: {error}"))
-        page.on("console", lambda m: found.append(f"console: {m.text}") if "js_on_load" in m.text or "Uncaught" in m.text else None)
+        page.on(
+            "console",
+            lambda m: found.append(f"console: {m.text}") if "js_on_load" in m.text or "Uncaught" in m.text else None,
+        )
         page.on(
             "request",
-            lambda r: None if r.url.startswith((server.url, "data:", "blob:")) else found.append(f"foreign request: {r.url}"),
+            lambda r: (
+                None if r.url.startswith((server.url, "data:", "blob:")) else found.append(f"foreign request: {r.url}")
+            ),
         )
         page.goto(server.url + path)
         if ready:

@@ -124,7 +124,9 @@ def test_a_bad_value_is_marked_while_it_is_typed(server, visit):
     open_tab(page, "Parameters")
     set_text(page, "epoch", "many")
     page.wait_for_selector("#field-epoch input[aria-invalid]")
-    assert "whole number" in page.evaluate("getComputedStyle(document.getElementById('field-epoch'), '::after').content")
+    assert "whole number" in page.evaluate(
+        "getComputedStyle(document.getElementById('field-epoch'), '::after').content"
+    )
     set_text(page, "epoch", "3")
     page.wait_for_selector("#field-epoch input:not([aria-invalid])")
 
@@ -214,7 +216,15 @@ def test_a_phone_never_scrolls_sideways(server, visit, dark):
 
 def test_every_control_has_a_name(server, visit):
     page = visit(server)
-    for tabs in (["Source model"], ["Folders"], ["Parameters", "Basic"], ["Advanced"], ["Samples"], ["Config (JSON)"], ["Runs"]):
+    for tabs in (
+        ["Source model"],
+        ["Folders"],
+        ["Parameters", "Basic"],
+        ["Advanced"],
+        ["Samples"],
+        ["Config (JSON)"],
+        ["Runs"],
+    ):
         open_tab(page, *tabs)
         page.wait_for_timeout(100)
         nameless = page.evaluate(

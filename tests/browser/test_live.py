@@ -1,0 +1,237 @@
+import json
+import os
+import time
+
+import psutil
+import pytest
+
+from tests.browser.conftest import FAKE, eventually, open_tab, serving, set_text, wait_ready, wait_state
+from trainer.events import EventLog, Phase, Started, Step
+from trainer.run import Run
+
+
+def start(page, words):
+    set_text(page, "training_comment", words)
+    page.get_by_role("button", name="Start training").click()
+
+
+def loss_is_drawn(page):
+    """Whether the canvas holds pixels in the accent's colour."""
+    return page.evaluate(
+        """() => {
+            const canvas = document.getElementById('lw-loss'), pen = canvas.getContext('2d');
+            const data = pen.getImageData(0, 0, canvas.width, canvas.height).data;
+            for (let i = 0; i < data.length; i += 4)
+                if (data[i] < 110 && data[i + 1] < 100 && data[i + 2] > 200 && data[i + 3] > 200) return true;
+            return false;
+        }"""
+    )
+
+
+def written_run(server, name="20260101-000000-written", **step):
+    """A run's folder as a trainer leaves it, kept alive by this process."""
+    run = Run(server.runs / name)
+    run.folder.mkdir()
+    run.config.write_text("{}")
+    run.pid.write_text(json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
+    return run
+
+
+@pytest.fixture
+def alive(server):
+    """Runs written by a test; what makes them look alive is taken away before anything could kill us."""
+    runs = []
+
+    def make(*arguments):
+        runs.append(written_run(server, *arguments))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.pid.unlink(missing_ok=True)
+
+
+def test_a_run_from_start_to_download_through_reload_and_a_second_tab(server, visit):
+    page = visit(server)
+    start(page, "steps=1000 pause=0.02")
+    assert "running" in wait_state(page, "running")
+    page.wait_for_function("Number(document.getElementById('lw-progress').getAttribute('aria-valuenow')) > 35")
+    for part in ("epoch", "it/s", "ETA", "3.0 GB", "/1000"):
+        assert part in page.inner_text("#lw-pill")
+    assert loss_is_drawn(page)
+    page.get_by_role("button", name="Sample now").click()
+    page.wait_for_selector("#lw-samples img >> nth=3")
+    eventually(lambda: page.evaluate("[...document.querySelectorAll('#lw-samples img')].every(i => i.naturalWidth)"))
+    assert page.locator("#lw-samples figure").count() == 2
+    assert page.locator("#lw-samples span", has_text="before").count() == 2
+    assert "▶" in page.title()
+
+    page.reload()
+    wait_ready(page)
+    wait_state(page, "running")
+    eventually(lambda: loss_is_drawn(page))
+    second = visit(server, context=page.context)
+    wait_state(second, "running")
+    second.get_by_role("button", name="Start training").click()
+    second.wait_for_selector("#lw-banner >> text=still going on")
+
+    page.get_by_role("button", name="Stop", exact=True).click()
+    assert "at step" in wait_state(page, "stopped")
+    wait_state(second, "stopped")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="last.safetensors").click()
+    assert download.value.suggested_filename == "last.safetensors"
+    assert download.value.path().read_bytes().startswith(b"not really weights")
+
+    start(page, "steps=30")
+    wait_state(page, "starting", "running")
+    assert "30 steps" in wait_state(page, "done")
+    assert "✓" in page.title()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").click()
+    assert "fake trainer" in download.value.path().read_text()
+
+
+def test_the_log_folds_progress_bars_and_can_be_paused(server, visit, alive):
+    run = alive()
+    run.log.write_text("".join(f"line {n}\n" for n in range(100_000)) + "loading:  10%\rloading: 100%\n")
+    page = visit(server)
+    log = page.locator("#lw-log")
+    page.wait_for_function("document.getElementById('lw-log').textContent.includes('line 99999')")
+    text = log.text_content()
+    assert text.startswith("line ") and len(text) <= 65536
+    assert "loading: 100%" in text and "10%" not in text.replace("100%", "")
+    log.evaluate("log => { log.scrollTop = 0; }")
+    page.get_by_role("button", name="Paused").wait_for()
+    with run.log.open("a") as file:
+        file.write("something new\n")
+    page.wait_for_function("document.getElementById('lw-log').textContent.includes('something new')")
+    assert log.evaluate("log => log.scrollTop") == 0
+    page.get_by_role("button", name="Paused").click()
+    assert log.evaluate("log => log.scrollTop > 0")
+
+
+def test_another_server_finds_the_run_and_the_page_goes_on(tmp_path, visit):
+    with serving(tmp_path / "runs", FAKE) as server:
+        page = visit(server)
+        start(page, "steps=3000 pause=0.02")
+        wait_state(page, "running")
+        server.stop()
+        assert "unreachable" in wait_state(page, "unreachable")
+        assert "not affected" in page.inner_text("#lw-sentence")
+        server.start()
+        wait_state(page, "running")
+        page.reload()
+        wait_ready(page)
+        wait_state(page, "running")
+        page.get_by_role("button", name="Stop", exact=True).click()
+        wait_state(page, "stopped")
+
+
+def test_a_crash_shows_its_cause_the_controls_that_help_and_the_whole_log(server, visit):
+    page = visit(server)
+    start(page, "steps=10 crash")
+    wait_state(page, "crashed")
+    crash = page.locator("#lw-crash")
+    assert "The memory is full." in crash.inner_text() and "Lower Train batch size." in crash.inner_text()
+    with page.expect_download() as download:
+        crash.get_by_role("button", name="Whole log").click()
+    assert "MemoryError" in download.value.path().read_text()
+    crash.get_by_role("button", name="Train batch size").click()
+    page.wait_for_function("document.activeElement.closest('.field')?.id === 'field-train_batch_size'")
+
+
+def test_a_trainer_ended_by_the_system_is_told_in_plain_words(server, visit):
+    page = visit(server)
+    start(page, "steps=10 killed")
+    wait_state(page, "crashed")
+    page.wait_for_selector("#lw-crash >> text=memory ran out")
+    page.reload()
+    wait_ready(page)
+    page.wait_for_selector("#lw-crash >> text=SIGKILL")
+
+
+def test_kill_is_offered_after_a_minute_of_stopping_and_asks(server, visit):
+    page = visit(server)
+    start(page, "steps=5000 deaf")
+    wait_state(page, "running")
+    kill = page.get_by_role("button", name="Kill", exact=True)
+    page.get_by_role("button", name="Stop", exact=True).click()
+    wait_state(page, "stopping")
+    assert kill.is_hidden()
+    (run,) = [Run(folder) for folder in server.runs.glob("2*")]
+    os.utime(run.control, (time.time() - 61, time.time() - 61))
+    kill.click()
+    page.get_by_role("button", name="Leave it").click()
+    assert run.process() is not None
+    kill.click()
+    page.locator("dialog").get_by_role("button", name="Kill", exact=True).click()
+    wait_state(page, "crashed")
+    assert "killed from this page" in page.inner_text("#lw-crash")
+    assert run.process() is None
+
+
+def test_silence_turns_amber_and_names_the_phase(server, visit, alive):
+    run = alive()
+    lines = [
+        {"type": "phase", "time": time.time() - 200, "name": "caching latents", "done": 120, "total": 400},
+    ]
+    run.events.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = visit(server)
+    assert "caching latents 120/400" in wait_state(page, "quiet")
+    assert "No sign of life for 3 min" in page.inner_text("#lw-sentence")
+
+
+def test_a_long_run_arrives_in_parts_and_stays_fluent(server, visit, alive):
+    run = alive()
+    events = EventLog(run.events)
+    events.emit(Started("x", "sd1", "cpu", "no", 1, 1, 1, 8000, 1, 1))
+    events.emit(Phase("training", 0, 8000))
+    for n in range(1, 5001):
+        events.emit(Step(n, 8000, 1, 1, 0.1 + 1 / n, 1e-4, None, 2.0, 0))
+    page = visit(server)
+    page.wait_for_function("document.getElementById('lw-pill').textContent.includes('5000/8000')")
+    page.wait_for_function("document.getElementById('lw-readout').textContent.includes('step 5000')")
+    share = page.evaluate(
+        """async () => {
+            let busy = 0;
+            new PerformanceObserver(list => { for (const e of list.getEntries()) busy += e.duration; }).observe({entryTypes: ['longtask']});
+            await new Promise(r => setTimeout(r, 3000));
+            return busy / 3000;
+        }"""
+    )
+    assert share < 0.2
+
+
+def test_an_older_run_can_be_watched_and_stays_after_a_reload(server, visit):
+    page = visit(server)
+    for words in ("steps=3", "steps=5"):
+        start(page, words)
+        wait_state(page, "starting", "running")
+        wait_state(page, "done")
+        eventually(lambda: len(list(server.runs.glob("2*/exit"))) == len(list(server.runs.glob("2*"))))
+    open_tab(page, "Runs")
+    page.wait_for_selector("#lw-runs tr >> nth=1")
+    page.locator("#lw-runs tr").nth(1).get_by_role("button").click()
+    page.wait_for_selector("#lw-pill >> text=done · 3 steps")
+    page.reload()
+    wait_ready(page)
+    page.wait_for_selector("#lw-pill >> text=done · 3 steps")
+    page.get_by_role("button", name="Follow the newest").click()
+    page.wait_for_selector("#lw-pill >> text=done · 5 steps")
+
+
+def test_samples_open_large_and_arrows_go_through_steps(server, visit):
+    page = visit(server)
+    start(page, "steps=8")
+    wait_state(page, "starting", "running")
+    wait_state(page, "done")
+    page.get_by_role("button", name="a cat, step 8, open large").click()
+    caption = page.locator("dialog figcaption")
+    assert caption.inner_text().startswith("step 8 ")
+    page.keyboard.press("ArrowLeft")
+    assert caption.inner_text().startswith("step 6 ")
+    page.keyboard.press("ArrowDown")
+    assert "a dog" in caption.inner_text()
+    page.keyboard.press("Escape")
+    page.locator("dialog").wait_for(state="detached")
