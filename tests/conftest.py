@@ -11,6 +11,18 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--proofs", type=Path, help="write the table of parameters and the tests that prove them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "proves(*keys): the test shows the effect of these parameters")
+    if config.getoption("--proofs"):
+        from tests.proofs import Proofs
+
+        config.pluginmanager.register(Proofs(config.getoption("--proofs")), "proofs")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny random base model's file."""

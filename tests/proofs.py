@@ -1,0 +1,50 @@
+"""Which test proves the effect of which parameter: `@pytest.mark.proves("key", …)` on the test says it.
+
+`pytest --proofs docs/proofs.md` writes the table of a whole run: parameter, tests, outcome.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trainer.schema import PARAMETERS
+
+
+class Proofs:
+    """Collects the outcomes of marked tests and writes them down at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tests: dict[str, set[str]] = {key: set() for key in PARAMETERS}
+        self._failed: set[str] = set()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            for mark in item.iter_markers("proves"):
+                for key in mark.args:
+                    self._tests[key].add(item.nodeid.split("[")[0])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not report.passed:
+            self._failed.add(report.nodeid.split("[")[0])
+
+    def pytest_sessionfinish(self) -> None:
+        self.path.write_text(self.table())
+
+    def table(self) -> str:
+        lines = [
+            "# What proves each parameter",
+            "",
+            "Made by `pytest --proofs docs/proofs.md`: every parameter, the tests of its effect, and how they ended.",
+            "",
+            "| parameter | key | tests | |",
+            "|---|---|---|---|",
+        ]
+        for key, parameter in PARAMETERS.items():
+            tests = sorted(self._tests[key])
+            names = "<br>".join(f"`{test.removeprefix('tests/')}`" for test in tests) or "none"
+            outcome = "none" if not tests else "failed" if self._failed & set(tests) else "passed"
+            lines.append(f"| {parameter.label} | `{key}` | {names} | {outcome} |")
+        return "\n".join(lines) + "\n"
