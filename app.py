@@ -81,6 +81,8 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
         roots=Roots(given.root or [Path.home(), HERE, Path.cwd(), runs]),
         allow=allow,
     )
+    if given.share:
+        print("Asking for a share link …", flush=True)
     root_host = given.root_path.split("//", 1)[1].split("/")[0] if given.root_path and "//" in given.root_path else ""
     hosts = guard.Hosts([*given.trusted_host, root_host], password=bool(given.password))
     blocks = page.build(desk)

@@ -38,15 +38,11 @@ def poll(found: runs.Runs, ask: Mapping[str, Any]) -> dict[str, Any]:
     tail = runs.last_events(run)
     answer["state"] = runs.state(run, tail)
     answer["stop_asked"] = runs.stop_asked(run)
-    answer["last_event"] = tail[-1]["time"] if tail else _began(run)
+    answer["last_event"] = tail[-1]["time"] if tail else runs.began(run)
     if answer["state"] == "crashed":
         failed = next((event for event in reversed(tail) if event["type"] == "failed"), None)
         answer["cause"] = asdict(runs.cause(run, failed))
     return answer
-
-
-def _began(run: Run) -> float:
-    return run.config.stat().st_mtime if run.config.exists() else run.folder.stat().st_mtime
 
 
 def _news(run: Run, offset: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,12 +135,17 @@ class Runs:
             "id": run_id,
             "state": state(run, tail),
             "name": run_id[16:],
-            "began": time.mktime(time.strptime(run_id[:15], "%Y%m%d-%H%M%S")),
+            "began": began(run),
             "step": step["step"] if step else 0,
             "total": step["total"] if step else 0,
             "loss": step["loss"] if step else None,
             "files": [e["path"] for e in tail if e["type"] == "saved" and e["what"] == "final"],
         }
+
+
+def began(run: Run) -> float:
+    """When the run was started (Unix seconds)."""
+    return (run.config if run.config.exists() else run.folder).stat().st_mtime
 
 
 def _broken_check(message: str) -> dict[str, Any]:
@@ -173,8 +177,11 @@ def kill(run: Run) -> None:
     process = run.process()
     if process is None:
         return
+    try:
+        family = [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
     write_whole(run.killed, b"")
-    family = [*process.children(recursive=True), process]
     for member in family:
         try:
             member.kill()

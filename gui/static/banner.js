@@ -15,17 +15,19 @@ class Banner {
     this.show("busy", text);
   }
 
-  // `tone`: error, warning, info, good or busy. `items`: problems and notes; `actions`: [label, function].
-  show(tone, title, items = [], actions = []) {
+  // `tone`: error, warning, info, good or busy. `items`: problems and notes; `actions`: [label, function];
+  // `aside`: what follows the title in a quieter voice.
+  show(tone, title, items = [], actions = [], aside = "") {
     this.node.className = `lw-banner-${tone}`;
     const close = make("button", { class: "lw-close", type: "button", "aria-label": "Dismiss", onclick: () => this.clear() }, "×");
     const head = make("div", { class: "lw-banner-head" },
       tone === "busy" ? make("span", { class: "lw-spinner", "aria-hidden": "true" }) : null,
-      make("strong", {}, title),
+      make("span", {}, make("strong", {}, title), " ", aside),
       ...actions.map(([label, act]) => make("button", { class: "lw-link", type: "button", onclick: act }, label)),
       make("span", { class: "lw-gap" }),
       tone === "busy" ? null : close);
-    const list = items.length ? make("ul", {}, ...items.map((item) => this.line(item))) : null;
+    const changes = items.some((item) => item.severity === "changed");
+    const list = items.length ? make("ul", { class: changes ? "lw-columns" : "" }, ...items.map((item) => this.line(item))) : null;
     this.node.replaceChildren(head, ...(list ? [list] : []));
   }
 

@@ -84,7 +84,7 @@ class Bar {
     const undo = ["Undo", async () => { await this.form.fill(before.entries, before.kept); this.banner.clear(); }];
     const items = [...answer.problems, ...answer.notes];
     const worst = answer.problems.some((p) => p.severity === "error") ? "error" : items.length ? "warning" : "info";
-    this.banner.show(worst, [title, answer.description].filter(Boolean).join(" "), items, [undo]);
+    this.banner.show(worst, title, items, [undo], answer.description);
   }
 
   async save() {
@@ -112,9 +112,9 @@ class Bar {
   }
 
   tellChanged() {
-    const show = (value) => (value === true ? "on" : value === false ? "off" : value === "" ? "(empty)" : value.length > 60 ? `${value.slice(0, 60)}…` : value);
+    const show = (value) => (value === true ? "on" : value === false ? "off" : value === "" ? "empty" : value.length > 60 ? `${value.slice(0, 60)}…` : value);
     this.banner.show("info", "Different from the defaults:", this.form.changed().map((p) => ({
-      severity: "changed", key: p.key, label: p.label, message: `${show(this.form.entries[p.key])}  (default ${show(p.default)})` })));
+      severity: "changed", key: p.key, label: p.label, message: `${show(this.form.entries[p.key])} (default: ${show(p.default)})` })));
   }
 
   async check() {

@@ -55,7 +55,7 @@ class Form {
     this.pending = this.table.map((p) => entries[p.key] ?? p.default);
     const pick = this.table.findIndex((p) => p.key === "model_list");
     if (pick >= 0) {
-      const choices = ["custom", "embedded", ...this.models].map((c) => [c, c]);
+      const choices = [["custom", "custom"], ["embedded", "embedded"], ...this.models.map((path) => [this.modelName(path), path])];
       this.pending[pick] = { __type__: "update", value: this.pending[pick], choices };
     }
     const button = await whenThere(() => byId("lw-fill"));
@@ -68,10 +68,9 @@ class Form {
   async look() {
     if (!byId("lw-read")) return;
     const entries = await this.read();
-    if (this.table.some((p) => entries[p.key] !== this.entries[p.key])) {
-      this.pickModel(entries);
-      this.settle(entries);
-    }
+    const picked = entries.model_list !== this.entries.model_list;
+    if (this.table.some((p) => entries[p.key] !== this.entries[p.key])) this.settle(entries);
+    await this.matchPick(picked);
   }
 
   settle(entries) {
@@ -80,16 +79,19 @@ class Form {
     for (const tell of this.whenChanged) tell();
   }
 
-  // Quick Pick fills the path; a path typed by hand makes the pick "custom" again.
-  pickModel(entries) {
-    const path = "pretrained_model_name_or_path";
-    const picked = entries.model_list !== this.entries.model_list;
-    if (!picked || entries.model_list === "custom") return;
-    const wanted = entries.model_list === "embedded" ? "" : entries.model_list;
-    const input = this.input(path);
-    if (input && this.models.concat("embedded").includes(entries.model_list) && input.value !== wanted) {
-      this.type(path, wanted);
-    }
+  // A model by its place in the folder of models, where that tells it from the others.
+  modelName(path) {
+    const name = (p) => p.split(/[\\/]models[\\/]/).pop();
+    return this.models.filter((other) => name(other) === name(path)).length === 1 ? name(path) : path;
+  }
+
+  // Quick Pick fills the path; a path given otherwise makes the pick "custom" again, once it is typed.
+  async matchPick(picked) {
+    const key = "pretrained_model_name_or_path", pick = this.entries.model_list;
+    const wanted = pick === "embedded" ? "" : pick;
+    if (![...this.models, "embedded"].includes(pick) || this.entries[key] === wanted) return;
+    if (picked) this.type(key, wanted);
+    else if (document.activeElement !== this.input(key)) await this.fill({ ...this.entries, model_list: "custom" }, this.kept);
   }
 
   type(key, text) {

@@ -114,6 +114,8 @@ def _shared(tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("with a blank ü")
     (folder / "files" / "10_cat").mkdir(parents=True)
     (folder / "files" / "10_cat" / "a.png").write_bytes(b"")
+    (folder / "files" / "models").mkdir()
+    (folder / "files" / "models" / "toy.safetensors").write_bytes(b"")
     with serving(folder / "runs", FAKE, "--root", str(folder / "files")) as server:
         yield server
 

@@ -185,6 +185,20 @@ def test_a_path_is_picked_in_the_browser_of_folders(server, visit):
     page.wait_for_selector("#lw-changed >> text=1 changed")
 
 
+def test_a_model_that_was_found_can_be_picked_and_typing_a_path_ends_the_pick(server, visit):
+    page = visit(server)
+    page.locator("#field-model_list input").click()
+    page.get_by_role("option", name="toy.safetensors").click()
+    path = page.locator("#field-pretrained_model_name_or_path input")
+    page.wait_for_function(
+        "document.querySelector('#field-pretrained_model_name_or_path input').value.endsWith('toy.safetensors')"
+    )
+    path.fill("/elsewhere")
+    path.press("Tab")
+    page.wait_for_function("document.querySelector('#field-model_list input').value === 'custom'")
+    assert path.input_value() == "/elsewhere"
+
+
 def test_the_json_of_the_form_can_be_edited_and_errors_have_a_line(server, visit):
     page = visit(server)
     open_tab(page, "Config (JSON)")
