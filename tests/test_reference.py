@@ -10,6 +10,7 @@ import torch
 from tests import reference
 from trainer import networks, objective, optim
 from trainer.models import Schedule, sd
+from trainer.schema.network import Network as Settings
 from trainer.schema.objective import Objective
 from trainer.schema.optim import Optim
 
@@ -32,7 +33,7 @@ def model() -> sd.StableDiffusion:
 
 @pytest.fixture(scope="module")
 def network(model: sd.StableDiffusion) -> networks.Network:
-    made = networks.build("Standard", model.targets(), {"unet", "text_encoder"}, 8, 1.0)
+    made = networks.build(Settings(rank=8, alpha=1.0), model.targets(), {"unet", "text_encoder"})
     with torch.no_grad():
         for name, tensor in made.tensors().items():
             if not name.endswith(".alpha"):
@@ -61,7 +62,7 @@ def test_the_file_has_the_names_shapes_and_alphas_of_sd_scripts(network):
 
 
 def test_token_ids_are_those_of_sd_scripts(model):
-    assert model.tokens(LOSS["captions"])[:, 0].tolist() == LOSS["input_ids"]
+    assert model.tokens(LOSS["captions"]).ids[:, 0].tolist() == LOSS["input_ids"]
 
 
 @pytest.mark.parametrize("skip", [1, 2, 3])

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from trainer import state
 from trainer.data import folders
 from trainer.data.batches import batches_per_epoch
 from trainer.data.buckets import Buckets, Size
@@ -21,11 +22,13 @@ from trainer.errors import ConfigError, DataError, LorawrightError, Problem
 from trainer.kohya import Note, Preset
 from trainer.length import Length
 from trainer.models import families
-from trainer.models.families import Found
+from trainer.models.families import Found, Lora
 from trainer.paths import resolve, shown
 from trainer.prompts import parse as parse_prompts
 from trainer.run import EXIT_CONFIG, EXIT_DONE
-from trainer.schema import PARAMETERS, Config, parse
+from trainer.schema import PARAMETERS, Config, parse, with_what_the_type_uses
+from trainer.schema.algorithms import USES
+from trainer.schema.overrides import with_additional
 from trainer.schema.rules import conflicts, text_encoder_rate, unet_rate
 
 
@@ -74,6 +77,7 @@ def problems(preset: Preset, decode: bool = True) -> Checked:
         *model_problems,
         *_vae(config, model),
         *_network_weights(config, model),
+        *_resume(config),
         *survey.problems,
         *place_problems,
         *_output(config),
@@ -138,6 +142,7 @@ def _as_far_as_it_goes(values: Mapping[str, Any]) -> tuple[Config, set[str]]:
     """The config without the values that are not allowed, and their keys."""
     parts: dict[str, Any] = {}
     bad: set[str] = set()
+    values, _ = with_additional(values, PARAMETERS)
     for group, field in Config.model_fields.items():
         kind: Any = field.annotation
         given = {key: values[key] for key, p in PARAMETERS.items() if p.group == group and key in values}
@@ -147,7 +152,7 @@ def _as_far_as_it_goes(values: Mapping[str, Any]) -> tuple[Config, set[str]]:
             wrong = {str(e["loc"][0]) for e in error.errors()}
             bad |= wrong
             parts[group] = kind.model_validate({k: v for k, v in given.items() if k not in wrong})
-    return Config(**parts), bad
+    return with_what_the_type_uses(Config(**parts)), bad
 
 
 def _problem(key: str, message: object, severity: str = "error") -> Problem:
@@ -204,7 +209,9 @@ def _network_weights(config: Config, model: Found | None) -> Iterator[Problem]:
             f"{PARAMETERS['pretrained_model_name_or_path'].label} (pretrained_model_name_or_path) are {model.width}. "
             "Choose the model that it was trained on, or one of the same family.",
         )
-    if not network.dim_from_weights and lora.ranks - {network.rank}:
+    if not network.dim_from_weights:
+        yield from _convolutions(config, lora)
+    if not network.dim_from_weights and config.blocks.ranks is None and lora.ranks - {network.rank}:
         ranks = ", ".join(str(rank) for rank in sorted(lora.ranks))
         yield _problem(
             key,
@@ -226,6 +233,40 @@ def _network_weights(config: Config, model: Found | None) -> Iterator[Problem]:
                 f'"{shown(network.weights)}" has no {noun} part to go on from. Set {PARAMETERS[rate_key].label} '
                 f"({rate_key}) to 0.",
             )
+
+
+def _convolutions(config: Config, lora: Lora) -> Iterator[Problem]:
+    """Whether the file and the settings both train 3×3 convolutions, with the same rank."""
+    network, key, file = config.network, "network_weights", f'"{shown(config.network.weights)}"'
+    by_type = network.conv_rank if "conv_dim" in USES[network.type] else 0
+    wanted = set(config.blocks.conv_ranks or (by_type,)) - {0}
+    if lora.conv_ranks and not wanted:
+        yield _problem(
+            key,
+            f"{file} is a LoCon: it changes 3×3 convolutions too. Set LoRA type (LoRA_type) to Kohya LoCon, "
+            "or switch on DIM from weights (dim_from_weights).",
+        )
+    elif wanted and not lora.conv_ranks:
+        yield _problem(
+            key,
+            f"{file} has no 3×3 convolutions to go on from. Set LoRA type (LoRA_type) to Standard and leave Conv dims "
+            "(conv_block_dims) empty.",
+        )
+    elif lora.conv_ranks - wanted:
+        ranks = ", ".join(str(rank) for rank in sorted(lora.conv_ranks))
+        yield _problem(
+            key,
+            f"{file} has rank {ranks} in 3×3 convolutions, Convolution Rank (conv_dim) is {network.conv_rank}. "
+            "Make them equal, or switch on DIM from weights (dim_from_weights).",
+        )
+
+
+def _resume(config: Config) -> Iterator[Problem]:
+    if config.saving.resume:
+        try:
+            state.read(resolve(config.saving.resume))
+        except LorawrightError as error:
+            yield _problem("resume", error)
 
 
 def _places(config: Config, pictures: tuple[Picture, ...]) -> tuple[list[Size] | None, list[Problem]]:

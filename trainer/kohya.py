@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from trainer.errors import ConfigError, Problem
 from trainer.schema import PARAMETERS
+from trainer.schema.overrides import KEY, SECRET, from_command_line, with_additional
 
 OLDER_KEYS = {
     "lora_network_weights": "network_weights",
+    "conv_dims": "conv_block_dims",
+    "conv_alphas": "conv_block_alphas",
     "stop_text_encoder_training_pct": "stop_text_encoder_training",
 }
 
 OLDER_VALUES: dict[str, dict[Any, Any]] = {
+    "LoRA_type": {"LoCon": "Kohya LoCon"},
     "xformers": {True: "xformers", False: "none", "true": "xformers", "false": "none", "": "none"},
     "save_precision": {"fp32": "float", "no": "float"},
     "mixed_precision": {"fp32": "no", "float": "no"},
@@ -32,78 +36,25 @@ DESCRIPTION = "description"
 
 # Known to kohya_ss and not supported (yet); beside each the values at which it changes nothing.
 PENDING: dict[str, tuple[Any, ...]] = {
-    "block_alphas": ("",),
-    "block_dims": ("",),
-    "block_lr_zero_threshold": ("",),
-    "color_aug": (),
     "constrain": (),
-    "conv_alpha": (1,),
-    "conv_alphas": ("",),
-    "conv_block_alphas": ("",),
-    "conv_block_dims": ("",),
-    "conv_dim": (1,),
-    "conv_dims": ("",),
-    "debiased_estimation_loss": (),
     "decompose_both": (),
     "dora_wd": (),
-    "down_lr_weight": ("",),
     "factor": (-1,),
     "fp8_base": (),
-    "full_bf16": (),
-    "full_fp16": (),
-    "huber_c": (0.1,),
-    "huber_schedule": ("snr",),
-    "ip_noise_gamma": (),
-    "log_with": (),
-    "loraplus_lr_ratio": (),
-    "loraplus_text_encoder_lr_ratio": (),
-    "loraplus_unet_lr_ratio": (),
-    "loss_type": ("l2",),
+    "log_tracker_config": (),
+    "lr_scheduler_type": (),
     "LyCORIS_preset": ("full",),
-    "masked_loss": (),
-    "max_timestep": (1000,),
-    "mem_eff_attn": (),
-    "metadata_author": (),
-    "metadata_description": (),
-    "metadata_license": (),
-    "metadata_tags": (),
-    "metadata_title": (),
-    "mid_lr_weight": ("",),
-    "min_timestep": (),
-    "module_dropout": (),
-    "network_dropout": (),
-    "no_token_padding": (),
-    "persistent_data_loader_workers": (),
-    "random_crop": (),
-    "rank_dropout": (),
     "rank_dropout_scale": (),
     "rescaled": (),
-    "resume": (),
-    "save_last_n_epochs": (),
-    "save_last_n_epochs_state": (),
-    "save_last_n_steps": (),
-    "save_last_n_steps_state": (),
-    "save_state": (),
-    "save_state_on_train_end": (),
-    "scale_v_pred_loss_like_noise_pred": (),
-    "scale_weight_norms": (),
     "sdxl_cache_text_encoder_outputs": (),
     "sdxl_no_half_vae": (True,),
     "train_norm": (),
     "train_on_input": (True,),
     "unit": (1,),
-    "up_lr_weight": ("",),
     "use_cp": (),
     "use_scalar": (),
     "use_tucker": (),
-    "v_pred_like_loss": (),
-    "wandb": (),
-    "wandb_api_key": (),
-    "wandb_run_name": (),
-    "weighted_captions": (),
-    "additional_parameters": (),
 }
-SECRET = ("wandb_api_key", "huggingface_token")
 _OFF: tuple[Any, ...] = (False, 0, "", None, "0", "0.0", "False")
 
 
@@ -159,6 +110,21 @@ def read(flat: Mapping[str, Any]) -> Preset:
         values["optimizer"] = "AdamW8bit"
         notes.append(Note("converted", "use_8bit_adam", "is now optimizer AdamW8bit"))
     return Preset(values, kept, tuple(notes))
+
+
+def overridden(preset: Preset, words: Sequence[str]) -> Preset:
+    """The preset with the settings of a command line (`--key value`) in place of its own.
+
+    They go before its Additional parameters too, which are worked into the values then. Raises
+    ConfigError with everything that is wrong with the words.
+    """
+    given = from_command_line(words, PARAMETERS)
+    if not given:
+        return preset
+    values, problems = with_additional(preset.values, PARAMETERS)
+    if problems:
+        raise ConfigError(problems)
+    return replace(preset, values={**values, KEY: "", **given})
 
 
 def _newer_value(key: str, value: Any) -> Any:

@@ -11,13 +11,14 @@ from typing import Literal
 
 import torch
 
-from trainer import checkpoint, objective, optim
+from trainer import checkpoint, objective, optim, state
 from trainer.data.feed import Batch
 from trainer.errors import Stopped, TrainingError
 from trainer.events import Ended, Phase, Saved, Step
 from trainer.pictures import draw_samples
 from trainer.prepare import Session, memory_bytes
 from trainer.randomness import set_torch_to
+from trainer.retention import Due
 
 log = logging.getLogger(__name__)
 EVENTS_EVERY_S = 0.5
@@ -31,23 +32,28 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
     began = time.monotonic()
     s.network.attach()
     if s.prompts and (s.config.samples.every_n_steps or s.config.samples.every_n_epochs):
-        draw_samples(s, 0)
-    s.emit(Phase("training", 0, s.length.total_steps))
+        with optim.averaged(s.optimizer):
+            draw_samples(s, s.first_step - 1)
+    s.emit(Phase("training", s.first_step - 1, s.length.total_steps))
     report = Reporter(s)
-    batches = s.feed.batches(range(s.length.total_batches))
+    batches = s.feed.batches(range(s.length.batches_of(s.first_step)[0], s.length.total_batches))
     step, path = 0, ""
-    for step in range(1, s.length.total_steps + 1):
+    for step in range(s.first_step, s.length.total_steps + 1):
         loss, rates = take_step(s, step, batches)
         report.add(step, loss, rates)
         asked = requests()
         files, pictures = files_due(s, step, asked), samples_due(s, step, asked)
         if files or pictures:
             report.flush()
-            for name in files:
-                path = save(s, step, name)
-            if pictures:
-                with suppress(Stopped):  # asked for while drawing; the next step finds it again
-                    draw_samples(s, step)
+            if state_due(s, step, asked):
+                for due in files:
+                    save_state(s, step, due)
+            with optim.averaged(s.optimizer):
+                for due in files:
+                    path = save(s, step, due)
+                if pictures:
+                    with suppress(Stopped):  # asked for while drawing; the next step finds it again
+                        draw_samples(s, step)
             report.resume()
         if "stop" in asked:
             break
@@ -58,18 +64,26 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
     return Ended(status, step, path, round(time.monotonic() - began, 1))
 
 
-def files_due(s: Session, step: int, asked: set[str]) -> list[str]:
-    """The names of the files to write after a step."""
+def files_due(s: Session, step: int, asked: set[str]) -> list[Due]:
+    """The files to write after a step."""
     saving = s.config.saving
     if step == s.length.total_steps:
-        return [checkpoint.file_name(saving.name)]
-    names = []
+        return [Due(checkpoint.file_name(saving.name))]
+    files = []
     epoch = epoch_ended(s, step)
     if epoch and divides(saving.every_n_epochs, epoch):
-        names.append(checkpoint.file_name(saving.name, epoch=epoch))
-    if asked & {"save", "stop"} or divides(saving.every_n_steps, step):
-        names.append(checkpoint.file_name(saving.name, step=step))
-    return names
+        files.append(Due(checkpoint.file_name(saving.name, epoch=epoch), "epoch", epoch))
+    if divides(saving.every_n_steps, step):
+        files.append(Due(checkpoint.file_name(saving.name, step=step), "step", step))
+    elif asked & {"save", "stop"}:
+        files.append(Due(checkpoint.file_name(saving.name, step=step)))
+    return files
+
+
+def state_due(s: Session, step: int, asked: set[str]) -> bool:
+    """Whether a state is written beside a step's files."""
+    ends = step == s.length.total_steps or "stop" in asked
+    return s.config.saving.state or (s.config.saving.state_at_end and ends)
 
 
 def samples_due(s: Session, step: int, asked: set[str]) -> bool:
@@ -109,22 +123,26 @@ def take_step(s: Session, step: int, batches: Iterator[Batch]) -> tuple[torch.Te
     s.optimizer.step()
     s.scheduler.step()
     s.optimizer.zero_grad(set_to_none=True)
+    if s.config.network.max_norm:
+        s.network.limit_norms(s.config.network.max_norm)
     return total, rates
 
 
 def batch_loss(s: Session, batch: Batch) -> torch.Tensor:
     """The mean loss of a batch under torch's present random state."""
     device, settings, schedule = s.accelerator.device, s.config.objective, s.model.schedule
+    captions = s.config.captions
     if batch.latents is not None:
         latents = batch.latents.to(device)
     else:
         assert batch.pixels is not None
         latents = s.model.encode(batch.pixels)
     with nullcontext() if any(p.requires_grad for p in s.network.parameters_of("text_encoder")) else torch.no_grad():
-        states = s.model.text_states(s.model.tokens(batch.captions))
+        tokens = s.model.tokens(batch.captions, weighted=captions.weighted, padded=not captions.no_padding)
+        states = s.model.text_states(tokens)
     noise = objective.noise_like(latents, settings)
-    timesteps = objective.draw_timesteps(len(latents), schedule)
-    noisy = schedule.add_noise(latents, noise, timesteps)
+    timesteps = objective.draw_timesteps(len(latents), schedule, settings)
+    noisy = schedule.add_noise(latents, objective.perturbed(noise, settings), timesteps)
     prediction = s.model.predict(noisy, timesteps, states)
     wanted = objective.target(latents, noise, timesteps, schedule)
     weights = batch.weights.to(device)
@@ -137,16 +155,35 @@ def stops_text_encoder(s: Session, step: int) -> bool:
     return bool(percent) and step > s.length.total_steps * percent / 100
 
 
-def save(s: Session, step: int, name: str) -> str:
+def save(s: Session, step: int, due: Due) -> str:
     """Write the LoRA as it is now. Returns its path."""
-    s.emit(Phase(f"saving {name}"))
-    path, epoch = s.output / name, s.length.epoch_of(step)
-    described = s.description.at(step, epoch, name.removesuffix(".safetensors"))
+    s.emit(Phase(f"saving {due.name}"))
+    path, epoch = s.output / due.name, s.length.epoch_of(step)
+    described = s.description.at(step, epoch, due.name.removesuffix(".safetensors"))
     checkpoint.save_lora(path, s.network, s.config.saving.precision, described)
     log.info("saved %s", path)
-    s.emit(Saved(str(path), step, epoch, "final" if step == s.length.total_steps else "intermediate"))
+    is_last = step == s.length.total_steps
+    s.emit(Saved(str(path), step, epoch, "final" if is_last else "intermediate"))
+    s.retention.wrote(due, path)
+    if is_last and divides(s.config.saving.every_n_steps, step):
+        s.retention.tidy("step", step)
     s.emit(Phase("training", step, s.length.total_steps))
     return str(path)
+
+
+def save_state(s: Session, step: int, due: Due) -> None:
+    """Write the folder from which training goes on behind this step."""
+    name = due.name.removesuffix(".safetensors") + "-state"
+    s.emit(Phase(f"saving {name}"))
+    parts = state.parts_of(s.network, s.optimizer, s.scheduler, s.accelerator.scaler)
+    path = checkpoint.on_disk(
+        s.output / name,
+        lambda folder: state.write(folder, step, s.seed, s.length.batches_per_epoch, s.config, parts),
+    )
+    log.info("saved %s", path)
+    s.emit(Saved(str(path), step, s.length.epoch_of(step), "state"))
+    s.retention.wrote(due, path, is_state=True)
+    s.emit(Phase("training", step, s.length.total_steps))
 
 
 class Reporter:
@@ -199,8 +236,8 @@ class Reporter:
             epoch=epoch,
             epochs=length.epochs,
             loss=loss,
-            unet_lr=rates.get("unet"),
-            text_encoder_lr=rates.get("text_encoder"),
+            unet_lr=rates.get("d*lr/unet", rates.get("unet")),
+            text_encoder_lr=rates.get("d*lr/text_encoder", rates.get("text_encoder")),
             steps_per_s=round(speed, 4),
             memory_bytes=memory,
         )

@@ -25,6 +25,8 @@ from trainer.length import Length
 from trainer.optim import warmup_steps
 from trainer.paths import base_model, resolve
 from trainer.schema import Config
+from trainer.schema.algorithms import USES
+from trainer.schema.model import Saving
 from trainer.schema.rules import text_encoder_rate, unet_rate
 
 BASE_VERSIONS = {"sd1": "sd_v1"}
@@ -32,19 +34,10 @@ ARCHITECTURES = {"sd1": "stable-diffusion-v1"}
 # What sd-scripts writes for features that are off.
 UNUSED = {
     "ss_caption_tag_dropout_rate": "0.0",
-    "ss_debiased_estimation": "False",
     "ss_face_crop_aug_range": "None",
     "ss_fp8_base": "False",
     "ss_fp8_base_unet": "False",
-    "ss_huber_c": "0.1",
-    "ss_huber_scale": "1.0",
-    "ss_huber_schedule": "snr",
-    "ss_ip_noise_gamma": "None",
-    "ss_ip_noise_gamma_random_strength": "False",
-    "ss_loss_type": "l2",
     "ss_lowram": "False",
-    "ss_noise_offset_random_strength": "False",
-    "ss_scale_weight_norms": "None",
     "ss_zero_terminal_snr": "False",
 }
 
@@ -65,7 +58,7 @@ class Description:
             "ss_training_finished_at": str(now),
             "ss_steps": str(step),
             "ss_epoch": str(epoch),
-            "modelspec.title": title,
+            "modelspec.title": self.fixed.get("modelspec.title", title),
             "modelspec.date": datetime.fromtimestamp(now, UTC).replace(microsecond=0, tzinfo=None).isoformat(),
         }
 
@@ -90,6 +83,7 @@ def describe(
         reg: sum(r for p, r in zip(dataset.pictures, repeats, strict=True) if p.regularisation == reg)
         for reg in (False, True)
     }
+    arguments_of_network = _network_arguments(config)
     values: dict[str, Any] = {
         "ss_session_id": str(int.from_bytes(hashlib.blake2b(str(time.time_ns()).encode()).digest()[:4], "big")),
         "ss_output_name": config.saving.name,
@@ -108,9 +102,11 @@ def describe(
         "ss_network_module": "networks.lora",
         "ss_network_dim": config.network.rank,
         "ss_network_alpha": config.network.alpha,
-        "ss_network_dropout": None,
+        "ss_network_dropout": config.network.dropout or None,
+        **({"ss_network_args": json.dumps(arguments_of_network)} if arguments_of_network else {}),
+        "ss_scale_weight_norms": config.network.max_norm or None,
         "ss_mixed_precision": training.precision,
-        "ss_full_fp16": False,
+        "ss_full_fp16": training.full_fp16,
         "ss_v2": config.model.v2,
         "ss_base_model_version": BASE_VERSIONS[family],
         "ss_clip_skip": captions.clip_skip,
@@ -119,6 +115,14 @@ def describe(
         "ss_seed": seed,
         "ss_noise_offset": noise.noise_offset if original else None,
         "ss_adaptive_noise_scale": noise.adaptive_noise_scale if original else None,
+        "ss_noise_offset_random_strength": original and noise.noise_offset_random,
+        "ss_ip_noise_gamma": noise.ip_noise_gamma or None,
+        "ss_ip_noise_gamma_random_strength": noise.ip_noise_gamma_random,
+        "ss_loss_type": noise.loss_type,
+        "ss_huber_schedule": noise.huber_schedule,
+        "ss_huber_c": noise.huber_c,
+        "ss_huber_scale": noise.huber_scale,
+        "ss_debiased_estimation": noise.debiased,
         "ss_multires_noise_iterations": noise.multires_iterations if multires else None,
         "ss_multires_noise_discount": (noise.multires_discount or 0.3) if multires else None,
         "ss_training_comment": config.saving.comment or None,
@@ -131,9 +135,9 @@ def describe(
         "ss_batch_size_per_device": training.batch_size,
         "ss_total_batch_size": training.batch_size * training.accumulation,
         "ss_resolution": data.resolution,
-        "ss_color_aug": False,
+        "ss_color_aug": data.color,
         "ss_flip_aug": data.flip,
-        "ss_random_crop": False,
+        "ss_random_crop": data.random_crop,
         "ss_shuffle_caption": captions.shuffle,
         "ss_keep_tokens": captions.keep_tokens,
         "ss_enable_bucket": data.buckets,
@@ -152,10 +156,51 @@ def describe(
         "modelspec.implementation_version": f"lorawright/{version('lorawright')}",
         "modelspec.resolution": f"{data.resolution[0]}x{data.resolution[1]}",
         "modelspec.prediction_type": "v" if config.model.v_parameterization else "epsilon",
+        **{f"modelspec.{name}": text for name, text in _words(config.saving).items() if text},
         **({"modelspec.encoder_layer": captions.clip_skip} if captions.clip_skip > 1 else {}),
         **UNUSED,
     }
     return Description({key: str(value) for key, value in values.items()})
+
+
+def _words(saving: Saving) -> dict[str, str]:
+    """What the user says about the LoRA, by modelspec's names."""
+    return {
+        "title": saving.title,
+        "author": saving.author,
+        "description": saving.description,
+        "license": saving.license,
+        "tags": saving.tags,
+    }
+
+
+def _network_arguments(config: Config) -> dict[str, str]:
+    """What was set of the network beyond rank and alpha, by the names and in the form of sd-scripts."""
+    settings, blocks, optim = config.network, config.blocks, config.optim
+    convolutions = "conv_dim" in USES[settings.type]
+    given = {
+        "conv_dim": str(settings.conv_rank) if convolutions else None,
+        "conv_alpha": f"{settings.conv_alpha:g}" if convolutions else None,
+        "dropout": settings.dropout,
+        "rank_dropout": settings.rank_dropout,
+        "module_dropout": settings.module_dropout,
+        "down_lr_weight": blocks.down_weights,
+        "mid_lr_weight": blocks.mid_weights,
+        "up_lr_weight": blocks.up_weights,
+        "block_lr_zero_threshold": blocks.zero_threshold,
+        "block_dims": _listed(blocks.ranks),
+        "block_alphas": _listed(blocks.alphas),
+        "conv_block_dims": _listed(blocks.conv_ranks),
+        "conv_block_alphas": _listed(blocks.conv_alphas),
+        "loraplus_lr_ratio": optim.up_ratio,
+        "loraplus_unet_lr_ratio": optim.unet_up_ratio,
+        "loraplus_text_encoder_lr_ratio": optim.text_encoder_up_ratio,
+    }
+    return {name: str(value) for name, value in given.items() if value}
+
+
+def _listed(numbers: Sequence[float] | None) -> str:
+    return ",".join(f"{number:g}" for number in numbers or ())
 
 
 def _bucket_info(placements: Sequence[Placement], repeats: Sequence[int], *, enabled: bool) -> dict[str, Any] | None:
@@ -172,12 +217,12 @@ def _bucket_info(placements: Sequence[Placement], repeats: Sequence[int], *, ena
 
 
 def _folders(dataset: Dataset, *, regularisation: bool) -> dict[str, dict[str, int]]:
-    found: dict[str, dict[str, int]] = {}
-    for picture in dataset.pictures:
-        if picture.regularisation == regularisation:
-            entry = found.setdefault(picture.folder, {"n_repeats": picture.repeats, "img_count": 0})
-            entry["img_count"] += 1
-    return found
+    """Each folder's repeats, as its name says them, and images."""
+    return {
+        subset.path.name: {"n_repeats": subset.repeats, "img_count": subset.images}
+        for subset in dataset.subsets
+        if subset.regularisation == regularisation
+    }
 
 
 def _model(which: str, path: Path) -> dict[str, str]:

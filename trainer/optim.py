@@ -4,72 +4,81 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers.optimization import AdafactorSchedule
 
 from trainer.errors import ConfigError, Problem
 from trainer.schema.optim import Optim
+from trainer.schema.optimizers import Row
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Row:
-    """Where an optimizer comes from, and the arguments it gets unless the user names others."""
-
-    module: str
-    name: str
-    defaults: dict[str, Any] = field(default_factory=dict)
-
-    def load(self) -> type[torch.optim.Optimizer]:
-        return getattr(importlib.import_module(self.module), self.name)  # type: ignore[no-any-return]
+def load(row: Row) -> Callable[..., torch.optim.Optimizer]:
+    """A row's class. Raises ConfigError where its package is not installed."""
+    try:
+        return getattr(importlib.import_module(row.module), row.name)  # type: ignore[no-any-return]
+    except ImportError as error:
+        raise ConfigError([Problem("optimizer", "Optimizer", f"{row.name} cannot be loaded: {error}.")]) from error
 
 
-OPTIMIZERS = {
-    "AdamW": Row("torch.optim", "AdamW"),
-    "AdamW8bit": Row("bitsandbytes.optim", "AdamW8bit"),
-    "Adafactor": Row("transformers.optimization", "Adafactor", {"relative_step": True}),
-    "Lion": Row("pytorch_optimizer", "Lion"),
-}
-
-
-def valid_arguments(optimizer: str) -> list[str]:
-    """The names that Optimizer extra arguments may hold for this optimizer."""
-    names = inspect.signature(OPTIMIZERS[optimizer].load().__init__).parameters
-    return [n for n, p in names.items() if n not in ("self", "params", "lr") and p.kind is not p.VAR_KEYWORD]
-
-
-def chooses_its_own_rate(settings: Optim) -> bool:
-    """Adafactor with relative steps takes no rate from outside."""
-    return settings.optimizer == "Adafactor" and bool(settings.arguments.get("relative_step", True))
+def signature(row: Row) -> set[str]:
+    """All arguments that a row's class itself knows, beside weights and rate."""
+    names = inspect.signature(load(row).__init__).parameters.items()  # type: ignore[misc]
+    return {n for n, p in names if n not in ("self", "params", "lr") and p.kind is not p.VAR_KEYWORD}
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: Optim) -> torch.optim.Optimizer:
-    """The chosen optimizer over parameter groups {"params", "lr", "name"}.
+    """The chosen optimizer over parameter groups {"params", "lr", "name"}, ready for its first step.
 
-    Raises ConfigError naming an argument that the optimizer does not know, or cannot use.
+    Adafactor with relative steps ignores their rates; optimizers with one rate use the first's.
+    Raises ConfigError for arguments that the optimizer does not know, or cannot use.
     """
-    row = OPTIMIZERS[settings.optimizer]
-    valid = valid_arguments(settings.optimizer)
-    unknown = [name for name in settings.arguments if name not in valid]
-    if unknown:
-        raise _refused(f"{settings.optimizer} has no argument {', '.join(unknown)}; it knows {', '.join(valid)}.")
-    arguments = {**row.defaults, **settings.arguments}
-    if chooses_its_own_rate(settings):
+    row = settings.row
+    given = {
+        row.older.get(name, name) if name not in row.arguments.split() else name: value
+        for name, value in settings.arguments.items()
+    }
+    # Some schedulers take this for the rate that theirs are shares of.
+    first = settings.learning_rate or groups[0]["lr"]
+    arguments = {"lr": first, **row.defaults, **given, **row.fixed}
+    if settings.relative_step:
         groups = [{k: v for k, v in group.items() if k != "lr"} for group in groups]
-        arguments["lr"] = None
-    elif settings.optimizer == "Adafactor":
-        arguments.setdefault("warmup_init", False)
+        arguments |= {"lr": None, "relative_step": True}
+    elif row.one_rate:
+        rate = groups[0]["lr"] / groups[0].get("rate_factor", 1.0)
+        groups = [{**group, "lr": rate, "rate_factor": 1.0} for group in groups]
     try:
-        return row.load()(groups, **arguments)  # type: ignore[call-arg]
-    except (TypeError, ValueError, AssertionError) as error:
-        raise _refused(f"{settings.optimizer} refuses them: {error}.") from error
+        optimizer = load(row)(groups, **arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        message = f"{settings.optimizer} refuses them: {error}."
+        raise ConfigError([Problem("optimizer_args", "Optimizer extra arguments", message)]) from error
+    if row.schedule_free:
+        optimizer.train()  # type: ignore[attr-defined]
+    return optimizer
 
 
-def _refused(message: str) -> ConfigError:
-    return ConfigError([Problem("optimizer_args", "Optimizer extra arguments", message)])
+@contextmanager
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Where a schedule-free optimizer's weights are those to save and to draw with, not to train with.
+
+    They are averages of the ones that are trained (Defazio et al. 2024, "The road less scheduled").
+    Other optimizers have one kind only.
+    """
+    if not hasattr(optimizer, "eval"):
+        yield
+        return
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()  # type: ignore[attr-defined]
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, settings: Optim, total_steps: int) -> LRScheduler:
@@ -82,22 +91,32 @@ def make_scheduler(optimizer: torch.optim.Optimizer, settings: Optim, total_step
 
     warmup = warmup_steps(settings, total_steps)
     extra = settings.scheduler_arguments
-    name = "adafactor" if chooses_its_own_rate(settings) else settings.scheduler
+    if settings.row.schedule_free:
+        log.info("LR Scheduler and warmup are not used: %s needs none", settings.optimizer)
+        return optimization.get_constant_schedule(optimizer)
+    name = "adafactor" if settings.relative_step else settings.scheduler
+    cycles = settings.cycles or 1
     makers: dict[str, Callable[[], LRScheduler]] = {
-        "adafactor": lambda: optimization.AdafactorSchedule(optimizer, **extra),
+        "adafactor": lambda: AdafactorRates(optimizer, settings.learning_rate),
         "constant": lambda: optimization.get_constant_schedule(optimizer),
         "constant_with_warmup": lambda: optimization.get_constant_schedule_with_warmup(optimizer, warmup),
-        "cosine": lambda: optimization.get_cosine_schedule_with_warmup(optimizer, warmup, total_steps, **extra),
+        "cosine": lambda: optimization.get_cosine_schedule_with_warmup(optimizer, warmup, total_steps),
         "cosine_with_restarts": lambda: optimization.get_cosine_with_hard_restarts_schedule_with_warmup(
-            optimizer, warmup, total_steps, **{"num_cycles": settings.cycles or 1, **extra}
+            optimizer, warmup, total_steps, **{"num_cycles": cycles, **extra}
         ),
         "linear": lambda: optimization.get_linear_schedule_with_warmup(optimizer, warmup, total_steps),
         "polynomial": lambda: optimization.get_polynomial_decay_schedule_with_warmup(
             optimizer, warmup, total_steps, **{"power": settings.power or 1, **extra}
         ),
+        "cosine_with_min_lr": lambda: optimization.get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, warmup, total_steps, **{"num_cycles": cycles / 2, **extra}
+        ),
         "piecewise_constant": lambda: _piecewise_constant(optimizer, warmup, **extra),
         "warmup_stable_decay": lambda: optimization.get_wsd_schedule(
-            optimizer, warmup, num_training_steps=total_steps, **extra
+            optimizer,
+            warmup,
+            num_training_steps=total_steps,
+            **{"num_cycles": cycles / 2, **extra, "num_decay_steps": _steps(extra["num_decay_steps"], total_steps)},
         ),
         "inverse_sqrt": lambda: optimization.get_inverse_sqrt_schedule(optimizer, warmup, **extra),
     }
@@ -113,14 +132,36 @@ def warmup_steps(settings: Optim, total_steps: int) -> int:
     return settings.warmup_steps or int(total_steps * settings.warmup_percent / 100)
 
 
+def _steps(number: float, total_steps: int) -> int:
+    """A number of steps, which may be given as a share of all."""
+    return int(number * total_steps) if isinstance(number, float) and number < 1 else int(number)
+
+
+class AdafactorRates(AdafactorSchedule):
+    """The rates that Adafactor chose in the last step, of groups that rest too; before it, the first rate."""
+
+    def get_lr(self) -> list[float]:
+        optimizer = self.optimizer
+        states = [(group, optimizer.state[group["params"][0]]) for group in optimizer.param_groups]
+        known = zip(states, self.base_lrs, strict=True)
+        return [float(optimizer._get_lr(*of)) if "step" in of[1] else first for of, first in known]
+
+
 def _piecewise_constant(optimizer: torch.optim.Optimizer, warmup: int, step_rules: str) -> LambdaLR:
     from diffusers.optimization import get_piecewise_constant_schedule
 
     rule = get_piecewise_constant_schedule(optimizer, str(step_rules)).lr_lambdas[0]
-    return LambdaLR(optimizer, lambda step: rule(step) * min(1.0, step / max(1, warmup)))
+    return LambdaLR(optimizer, lambda step: rule(step) * (min(1.0, step / warmup) if warmup else 1.0))
 
 
 def rates(optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> dict[str, float]:
-    """The rate that each group uses now, by the group's name."""
-    now = scheduler.get_last_lr()
-    return {group["name"]: float(rate) for group, rate in zip(optimizer.param_groups, now, strict=False)}
+    """The rate that each part of the model uses now, by the groups' name: without a block's or LoRA+'s factor.
+
+    Beside it, under "d*lr/" + name, what an optimizer that finds its own rate makes of it.
+    """
+    found = {}
+    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        found[group["name"]] = float(rate) / group.get("rate_factor", 1.0)
+        if "d" in group:
+            found[f"d*lr/{group['name']}"] = found[group["name"]] * float(group["d"])
+    return found

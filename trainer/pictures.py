@@ -31,7 +31,8 @@ def draw_samples(s: Session, step: int) -> None:
         seed = prompt.seed if prompt.seed is not None else seed_for(s.seed, "sample", index) % 2**32
         size = prompt.width or s.config.data.resolution[0], prompt.height or s.config.data.resolution[1]
         try:
-            image = sampling.draw(s.model, prompt, s.config.samples.sampler, size, seed, s.check)
+            with s.network.without_dropout():
+                image = sampling.draw(s.model, prompt, s.config.samples.sampler, size, seed, s.check)
         except (ValueError, RuntimeError) as error:
             log.exception("sample %d failed", index + 1)
             s.emit(Warned(f"Sample prompt {index + 1} could not be drawn: {error}", "Training goes on."))

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,23 @@ import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainer import checkpoint, metadata, models, networks, optim
+from trainer import checkpoint, metadata, models, networks, optim, state
 from trainer.data import cache, folders
 from trainer.data.buckets import Buckets
 from trainer.data.feed import Feed
+from trainer.errors import StateError
 from trainer.events import Event, Phase, Warned
 from trainer.length import Length
-from trainer.networks import Network
+from trainer.networks import Network, blocks
 from trainer.paths import resolve
 from trainer.prompts import Prompt, parse
 from trainer.randomness import set_torch_to
+from trainer.retention import Retention
 from trainer.run import Run
 from trainer.schema import Config
+from trainer.schema.blocks import SD, rate_weights
 from trainer.schema.rules import text_encoder_rate, unet_rate
+from trainer.schema.training import Training
 
 log = logging.getLogger(__name__)
 COMPUTE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,6 +58,8 @@ class Session:
     prompts: list[Prompt]
     output: Path
     check: Callable[[], None]
+    retention: Retention
+    first_step: int = 1
 
 
 def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = lambda: None) -> Session:
@@ -65,7 +72,10 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
     torch.set_num_threads(training.threads)
     accelerator, precision = _accelerator(config, emit)
     dtype = COMPUTE[precision]
-    seed = training.seed if training.seed is not None else secrets.randbelow(2**32)
+    resumed = state.read(resolve(config.saving.resume)) if config.saving.resume else None
+    seed = training.seed
+    if seed is None:
+        seed = resumed.seed if resumed else secrets.randbelow(2**32)
     log.info("seed: %d", seed)
 
     emit(Phase("reading the image folders"))
@@ -82,7 +92,7 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
         config.captions.clip_skip,
         config.captions.max_tokens,
     )
-    _choose_attention(model, training.attention, accelerator.device, emit)
+    _choose_attention(model, training, accelerator.device)
     if training.checkpointing:
         model.unet.enable_gradient_checkpointing()
         model.text_encoder.activation_checkpointing_enable()
@@ -114,6 +124,10 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
     network = _network(config, model, seed)
     optimizer = optim.make_optimizer(_groups(config, network), config.optim)
     scheduler = optim.make_scheduler(optimizer, config.optim, length.total_steps)
+    optimizer = accelerator.prepare(optimizer)
+    if resumed:
+        _resume(resumed, config, length, emit)
+        resumed.restore(network, optimizer, scheduler, accelerator.scaler)
     repeats = [picture.repeats for picture in dataset.pictures]
     return Session(
         config=config,
@@ -124,7 +138,7 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
         accelerator=accelerator,
         model=model,
         network=network,
-        optimizer=accelerator.prepare(optimizer),
+        optimizer=optimizer,
         scheduler=scheduler,
         feed=feed,
         length=length,
@@ -140,7 +154,22 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
         prompts=parse(config.samples.prompts),
         output=resolve(config.folders.output) if config.folders.output else run.output,
         check=check,
+        retention=Retention(config.saving),
+        first_step=resumed.step + 1 if resumed else 1,
     )
+
+
+def _resume(resumed: state.State, config: Config, length: Length, emit: Emit) -> None:
+    """Refuse a state that this training cannot go on from, and tell what is otherwise than it was."""
+    if resumed.step >= length.total_steps:
+        raise StateError(
+            f'"{resumed.folder}" is at step {resumed.step}, and this training has {length.total_steps} in all.',
+            "Raise Epoch or Max train steps to go on.",
+        )
+    differences = resumed.differences(config, length.batches_per_epoch)
+    if differences:
+        emit(Warned(f"Resuming at step {resumed.step + 1} with other settings: {'; '.join(differences)}."))
+    log.info("resuming %s at step %d", resumed.folder, resumed.step + 1)
 
 
 def _accelerator(config: Config, emit: Emit) -> tuple[Accelerator, str]:
@@ -159,11 +188,19 @@ def _accelerator(config: Config, emit: Emit) -> tuple[Accelerator, str]:
     if logging_dir:
         logging_dir.mkdir(parents=True, exist_ok=True)
         accelerator.init_trackers(config.saving.name)
+    if config.training.full_fp16 and accelerator.scaler is not None:
+        # torch's scaler refuses gradients in fp16 unless told that they are meant.
+        accelerator.scaler._unscale_grads_ = partial(_unscale, accelerator.scaler._unscale_grads_)
     return accelerator, precision
 
 
-def _choose_attention(model: Any, wanted: str, device: torch.device, emit: Emit) -> None:
-    if wanted == "none":
+def _unscale(unscale: Callable[..., Any], optimizer: Any, inverse: Any, found: Any, allow_fp16: bool) -> Any:
+    return unscale(optimizer, inverse, found, True)
+
+
+def _choose_attention(model: Any, training: Training, device: torch.device) -> None:
+    wanted = training.attention
+    if wanted == "none" and not training.memory_efficient_attention:
         from diffusers.models.attention_processor import AttnProcessor
 
         model.unet.set_attn_processor(AttnProcessor())
@@ -187,11 +224,17 @@ def _network(config: Config, model: Any, seed: int) -> Network:
     settings = config.network
     weights = checkpoint.read_lora(resolve(settings.weights)) if settings.weights else None
     set_torch_to(seed, "network")
-    sizes = weights if settings.dim_from_weights else None
-    network = networks.build(settings.type, model.targets(), parts, settings.rank, settings.alpha, sizes)
+    if settings.dim_from_weights:
+        assert weights is not None
+        size_of = blocks.from_file(weights)
+    else:
+        size_of = blocks.from_settings(config, rate_weights(config.blocks, SD))
+    network = networks.build(settings, model.targets(), parts, size_of)
     if weights is not None:
         with torch.no_grad():
             network.read(weights)
+    if config.training.full_fp16 or config.training.full_bf16:
+        network.to(model.dtype)
     counts = {part: sum(p == part for p in network.part_of.values()) for part in ("text_encoder", "unet")}
     log.info(
         "network: %d modules (%d text encoder, %d U-Net), %.1f million weights",
@@ -204,9 +247,28 @@ def _network(config: Config, model: Any, seed: int) -> Network:
 
 
 def _groups(config: Config, network: Network) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups: one a part of the model, block with its own rate, and LoRA+ ratio.
+
+    `rate_factor` is what the part's rate is multiplied by.
+    """
+    optim = config.optim
     rates = {"text_encoder": text_encoder_rate(config), "unet": unet_rate(config)}
-    groups = [{"name": part, "params": network.parameters_of(part), "lr": rate} for part, rate in rates.items()]
-    return [group for group in groups if group["params"]]
+    up_ratios = {"text_encoder": optim.text_encoder_up_ratio, "unet": optim.unet_up_ratio}
+    weights = rate_weights(config.blocks, SD)
+    groups: dict[tuple[str, int | None, bool], dict[str, Any]] = {}
+    for name, module in network.layers.items():
+        part = network.part_of[name]
+        block = blocks.block_of(name) if weights and part == "unet" else None
+        ratio = up_ratios[part] or optim.up_ratio
+        for key, tensor in module.named_parameters():
+            up = bool(ratio) and module.is_up(key)
+            factor = (weights[block] if weights and block is not None else 1.0) * (ratio if up else 1.0)
+            if factor == 0:  # from a file that has modules there
+                tensor.requires_grad_(False)
+                continue
+            group = {"name": part, "block": block, "rate_factor": factor, "lr": rates[part] * factor, "params": []}
+            groups.setdefault((part, block, up), group)["params"].append(tensor)
+    return list(groups.values())
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -229,6 +229,11 @@ def test_what_is_no_vae_of_stable_diffusion_is_refused(model, folder):
     assert "There is no file or folder" in refusal(check_vae, "/nowhere/vae.safetensors")
 
 
+def test_the_ranks_of_convolutions_are_told_apart(model):
+    lora = read_lora(str(model(LORA | {"lora_unet_x_conv1.lora_down.weight": (2, 8, 3, 3)})))
+    assert (lora.ranks, lora.conv_ranks) == ({4}, {2})
+
+
 def test_ranks_parts_and_width_of_a_lora(model):
     lora = read_lora(str(model(LORA)))
     assert (lora.ranks, lora.parts, lora.width, lora.modules) == ({4}, {"unet", "text_encoder"}, 768, 2)
@@ -242,7 +247,6 @@ def test_ranks_parts_and_width_of_a_lora(model):
         ({"lora_unet_x.hada_w1_a": (4, 8)}, "is a LoHa file"),
         ({"lora_unet_x.lokr_w1": (4, 8)}, "is a LoKr file"),
         (LORA | {"lora_te1_x.lora_down.weight": (4, 8)}, "is a LoRA for SDXL"),
-        (LORA | {"lora_unet_x_conv1.lora_down.weight": (4, 8, 3, 3)}, "is a LoCon"),
         ({"classifier.weight": (3, 4)}, "is not a LoRA"),
     ],
 )

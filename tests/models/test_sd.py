@@ -61,7 +61,7 @@ def test_short_texts_have_the_states_of_transformers_own_encoder(tiny_model):
 def test_clip_skip_two_is_the_layer_before_the_last_through_the_final_norm(tiny_model):
     model = load(tiny_model, clip_skip=2)
     _, _, reference = tiny.modules()
-    answer = reference.eval()(model.tokens(["a cat"])[:, 0], output_hidden_states=True)
+    answer = reference.eval()(model.tokens(["a cat"]).ids[:, 0], output_hidden_states=True)
     expected = reference.final_layer_norm(answer.hidden_states[-2])
     torch.testing.assert_close(model.text_states(model.tokens(["a cat"])), expected)
 
@@ -71,11 +71,12 @@ def test_long_texts_are_joined_from_chunks_with_their_own_marks(tiny_model, toke
     model = load(tiny_model, tokens=tokens)
     _, _, reference = tiny.modules()
     text = ", ".join(["cat"] * 60)
-    ids = model.tokens([text])
+    tokens_of_text = model.tokens([text])
+    ids = tokens_of_text.ids
     assert ids.shape == (1, tokens // 75, 77)
     assert (ids[..., 0] == clip_tokens.BEGIN).all()
     assert (ids[..., -1] == clip_tokens.END).all()
-    states = model.text_states(ids)
+    states = model.text_states(tokens_of_text)
     assert states.shape == (1, length, 32)
     hidden = [reference.eval()(chunk[None]).last_hidden_state[0] for chunk in ids[0]]
     torch.testing.assert_close(states[0, 0], hidden[0][0])
@@ -91,9 +92,10 @@ def test_targets_are_the_264_layers_of_kohyas_lora_for_the_full_model():
     unet, vae, text_encoder = sd._empty(configs)
     schedule = models.Schedule.of(configs["scheduler"])
     targets = sd.StableDiffusion(unet, vae, text_encoder, schedule, torch.float32, CPU, 1, 75).targets()
-    parts = [part for part, _ in targets.values()]
-    assert parts.count("text_encoder") == 72
-    assert parts.count("unet") == 192
+    places = [(target.part, target.place) for target in targets.values()]
+    assert places.count(("text_encoder", "attention")) == 72
+    assert places.count(("unet", "attention")) == 192
+    assert places.count(("unet", "resnet")) == 86
     assert "lora_te_text_model_encoder_layers_11_mlp_fc2" in targets
     assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj" in targets
 

@@ -5,7 +5,9 @@ import torch
 
 from trainer import networks
 from trainer.errors import ModelError
-from trainer.networks import standard
+from trainer.models import Target
+from trainer.networks import blocks, standard
+from trainer.schema.network import Network as Settings
 
 LAYERS = {
     "linear": (lambda: torch.nn.Linear(12, 20), (3, 7, 12)),
@@ -22,7 +24,7 @@ def case(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, torch.Tensor]
 
 
 def randomised(layer: torch.nn.Module, rank: int = 4, alpha: float = 2.0) -> torch.nn.Module:
-    module = standard.module_for(layer, rank, alpha)
+    module = standard.module_for(layer, rank, alpha, Settings())
     torch.nn.init.normal_(module.lora_up.weight)
     return module
 
@@ -30,7 +32,7 @@ def randomised(layer: torch.nn.Module, rank: int = 4, alpha: float = 2.0) -> tor
 def test_an_untrained_module_changes_nothing(case):
     layer, x = case
     before = layer(x)
-    assert torch.equal(standard.module_for(layer, 4, 1.0)(x), before)
+    assert torch.equal(standard.module_for(layer, 4, 1.0, Settings())(x), before)
 
 
 def test_the_output_is_that_of_the_merged_weight(case):
@@ -76,26 +78,28 @@ def test_gradients_are_exact_in_float32_while_the_layer_computes_in_bfloat16(cas
 
 def test_reading_a_file_of_another_rank_is_refused_with_both_shapes():
     layer = torch.nn.Linear(12, 20)
-    targets = {"lora_unet_x": ("unet", layer)}
-    network = networks.build("Standard", targets, {"unet"}, 4, 1.0)
-    other = networks.build("Standard", targets, {"unet"}, 8, 1.0).tensors()
+    targets = {"lora_unet_x": Target("unet", layer)}
+    network = networks.build(Settings(rank=4, alpha=1.0), targets, {"unet"})
+    other = networks.build(Settings(rank=8, alpha=1.0), targets, {"unet"}).tensors()
     with pytest.raises(ModelError, match=r"\[8, 12\].*\[4, 12\]"), torch.no_grad():
         network.read(other)
 
 
 def test_reading_takes_over_alpha_too():
     layer = torch.nn.Linear(12, 20)
-    targets = {"lora_unet_x": ("unet", layer)}
-    network = networks.build("Standard", targets, {"unet"}, 4, 1.0)
+    targets = {"lora_unet_x": Target("unet", layer)}
+    network = networks.build(Settings(rank=4, alpha=1.0), targets, {"unet"})
     with torch.no_grad():
-        network.read(networks.build("Standard", targets, {"unet"}, 4, 3.0).tensors())
+        network.read(networks.build(Settings(rank=4, alpha=3.0), targets, {"unet"}).tensors())
     assert network.layers["lora_unet_x"].scale == pytest.approx(3 / 4)
 
 
 def test_rank_and_alpha_can_come_from_a_file():
-    targets = {"lora_unet_x": ("unet", torch.nn.Linear(12, 20)), "lora_unet_y": ("unet", torch.nn.Linear(5, 6))}
-    weights = networks.build("Standard", {"lora_unet_x": targets["lora_unet_x"]}, {"unet"}, 6, 3.0).tensors()
-    network = networks.build("Standard", targets, {"unet"}, 2, 1.0, weights)
+    layers = {"lora_unet_x": torch.nn.Linear(12, 20), "lora_unet_y": torch.nn.Linear(5, 6)}
+    targets = {name: Target("unet", layer) for name, layer in layers.items()}
+    one = {"lora_unet_x": targets["lora_unet_x"]}
+    weights = networks.build(Settings(rank=6, alpha=3.0), one, {"unet"}).tensors()
+    network = networks.build(Settings(rank=2), targets, {"unet"}, blocks.from_file(weights))
     assert set(network.layers) == {"lora_unet_x"}
     assert network.layers["lora_unet_x"].rank == 6
     assert network.layers["lora_unet_x"].scale == pytest.approx(0.5)

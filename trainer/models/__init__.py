@@ -6,17 +6,30 @@ which family it is:
     unet, vae, text_encoders        the modules; frozen, in the compute dtype
     schedule                        the noise schedule and what is predicted
     trained_parts()                 {"unet": …, "text_encoder": …} for the network to attach to
-    tokens(captions), text_states(tokens), predict(latents, timesteps, states)
+    targets()                       kohya's name → Target, of every layer that a network may attach to
+    tokens(captions, weighted, padded), text_states(tokens), predict(latents, timesteps, states)
     encode(pixels), decode(latents)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+
+
+class Target(NamedTuple):
+    """A layer that a network may attach to.
+
+    `part`: "unet" or "text_encoder". `place`: "attention" for a text encoder's layers and those of
+    the U-Net's transformers, "resnet" for the other layers of its blocks.
+    """
+
+    part: str
+    layer: torch.nn.Module
+    place: str = "attention"
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file: the ranks in it, its parts ("unet", "text_encoder"), and its U-Net's `width`."""
+    """A LoRA file: its ranks, those of 3×3 convolutions, its parts ("unet", "text_encoder"), and its U-Net's `width`."""
 
     ranks: frozenset[int]
+    conv_ranks: frozenset[int]
     parts: frozenset[str]
     width: int | None
     modules: int
@@ -369,7 +370,7 @@ def check_vae(text: str, base: Found | None = None) -> None:
 
 
 def read_lora(text: str) -> Lora:
-    """What a LoRA file holds. Raises ModelError when it is none, or not one of the Standard type."""
+    """What a LoRA file holds. Raises ModelError when it is none, or of a type that is not supported."""
     path = resolve(text)
     if not os.path.exists(path):  # noqa: PTH110
         raise ModelError(_sentence(absent(text, "file")))
@@ -395,11 +396,12 @@ def read_lora(text: str) -> Lora:
     downs = {n: t for n, t in tensors.items() if n.endswith(".lora_down.weight") and t.shape}
     if any(name.startswith(("lora_te1_", "lora_te2_")) for name in tensors):
         raise ModelError(f'"{shown(path)}" is a LoRA for SDXL, which is not supported yet.', "Name one for SD 1.x.")
-    if any(len(t.shape) == 4 and t.shape[-1] > 1 for t in downs.values()):
-        raise ModelError(f'"{shown(path)}" is a LoCon: it changes 3×3 convolutions too.', "Name a Standard LoRA.")
+    convolutions = {n: t for n, t in downs.items() if len(t.shape) == 4 and t.shape[-1] > 1}
+    plain = {n: t for n, t in downs.items() if n not in convolutions}
     width = next((t.shape[1] for n, t in downs.items() if "_attn2_to_k." in n and len(t.shape) > 1), None)
     parts = {"unet" if name.startswith("lora_unet_") else "text_encoder" for name in downs}
-    return Lora(frozenset(t.shape[0] for t in downs.values()), frozenset(parts), width, len(downs))
+    ranks, conv_ranks = (frozenset(t.shape[0] for t in group.values()) for group in (plain, convolutions))
+    return Lora(ranks, conv_ranks, frozenset(parts), width, len(downs))
 
 
 def _sentence(message: str) -> str:

@@ -13,11 +13,13 @@ from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from trainer.errors import ModelError
-from trainer.models import Schedule, clip_tokens, layout, weights
+from trainer.models import Schedule, Target, clip_tokens, layout, weights
+from trainer.models.clip_tokens import Tokens
 from trainer.models.families import Found
 from trainer.paths import resolve
 
 CONFIGS = Path(__file__).parent.parent / "assets" / "sd1" / "configs.json"
+PLACES = {"attentions": "attention", "resnets": "resnet", "downsamplers": "resnet", "upsamplers": "resnet"}
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -84,37 +86,39 @@ class StableDiffusion:
         """The modules that a network may attach to, by the part's name."""
         return {"text_encoder": self.text_encoder, "unet": self.unet}
 
-    def targets(self) -> dict[str, tuple[str, torch.nn.Module]]:
-        """Kohya's name → (part, layer) of every layer that a LoRA attaches to.
+    def targets(self) -> dict[str, Target]:
+        """Kohya's name → every layer that a network may attach to.
 
-        Text encoder: the projections of attention and MLP. U-Net: every linear layer and 1×1
-        convolution inside a spatial transformer. 72 + 192 for SD 1.5.
+        Text encoder: the projections of attention and MLP. U-Net: the linear layers and
+        convolutions of its blocks. 72 + 192 of attention and 86 of resnets and samplers for SD 1.5.
         """
-        found: dict[str, tuple[str, torch.nn.Module]] = {}
+        found: dict[str, Target] = {}
         for name, layer in self.text_encoder.named_modules():
             if name.startswith("encoder.layers.") and name.rsplit(".", 1)[-1] in TEXT_LAYERS:
-                found[f"lora_te_text_model_{name.replace('.', '_')}"] = "text_encoder", layer
+                found[f"lora_te_text_model_{name.replace('.', '_')}"] = Target("text_encoder", layer)
         for name, layer in self.unet.named_modules():
-            if ".attentions." in name and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
-                found[f"lora_unet_{name.replace('.', '_')}"] = "unet", layer
+            place = next((PLACES[piece] for piece in name.split(".") if piece in PLACES), None)
+            if place and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                found[f"lora_unet_{name.replace('.', '_')}"] = Target("unet", layer, place)
         return found
 
-    def tokens(self, captions: list[str]) -> torch.Tensor:
-        """Token ids [B, chunks, 77] on the model's device."""
-        return torch.tensor(clip_tokens.chunks(captions, self.max_tokens)).to(self.device)
+    def tokens(self, captions: list[str], *, weighted: bool = False, padded: bool = True) -> Tokens:
+        """Token ids of the captions, and their weights where brackets are read, on the model's device."""
+        found = clip_tokens.tokenize(captions, self.max_tokens, weighted=weighted, padded=padded)
+        weights = None if found.weights is None else found.weights.to(self.device)
+        return Tokens(found.ids.to(self.device), weights)
 
-    def text_states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The text encoder's states [B, 75·chunks + 2, C] for ids [B, chunks, 77].
+    def text_states(self, tokens: Tokens) -> torch.Tensor:
+        """The text encoder's states [B, 75·chunks + 2, C], multiplied by the tokens' weights.
 
         `clip_skip` 1 is the last layer's output, 2 the one before, …; always through the final
         layer norm. Of several chunks the inner begin and end marks are left out.
         """
-        batch, count, length = tokens.shape
-        hidden = self.text_encoder(tokens.view(-1, length), output_hidden_states=True).hidden_states
-        states = self.text_encoder.final_layer_norm(hidden[-self.clip_skip])
-        if count == 1:
-            return states
-        states = states.view(batch, count, length, -1)
+        batch, count, length = tokens.ids.shape
+        hidden = self.text_encoder(tokens.ids.view(-1, length), output_hidden_states=True).hidden_states
+        states = self.text_encoder.final_layer_norm(hidden[-self.clip_skip]).view(batch, count, length, -1)
+        if tokens.weights is not None:
+            states = states * tokens.weights.to(states.dtype)[..., None]
         inner = states[:, :, 1:-1].flatten(1, 2)
         return torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], 1)
 

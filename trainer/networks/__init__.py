@@ -1,8 +1,8 @@
 """Networks that are trained on top of a frozen model, one file an algorithm.
 
-An algorithm's file says which controls it uses (`USES`) and builds one layer's module
-(`module_for`). `Network` is what they share: the walk over the model's layers, kohya's names,
-attaching, and the groups for the optimizer.
+An algorithm's file says which controls it uses (`USES`, read by the schema) and builds one
+layer's module (`module_for`). `Network` is what they share: the walk over the model's layers,
+kohya's names, attaching, and the groups for the optimizer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Any, Protocol
 import torch
 
 from trainer.errors import ModelError
-from trainer.networks import standard
+from trainer.models import Target
+from trainer.networks import locon, standard
+from trainer.networks.blocks import SizeOf, uniform
+from trainer.schema.network import Network as Settings
 
-ALGORITHMS = {module.LABEL: module for module in (standard,)}
+ALGORITHMS = {module.LABEL: module for module in (standard, locon)}
 
 
 class LoRAModule(Protocol):
@@ -49,6 +52,22 @@ class Network(torch.nn.Module):
         """The model is the base model again."""
         for layer in self._frozen.values():
             del layer.forward
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Inside a with block every module takes part in full, as it will where the file is used."""
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train()
+
+    @torch.no_grad()
+    def limit_norms(self, largest: float) -> None:
+        """Shrink each trained update whose norm (Frobenius, scale included) is above `largest` to it."""
+        for module in self.layers.values():
+            if any(p.requires_grad for p in module.parameters()):
+                module.limit_norm(largest)  # type: ignore[operator]
 
     @contextmanager
     def strength(self, multiplier: float) -> Iterator[None]:
@@ -84,7 +103,8 @@ class Network(torch.nn.Module):
                 f"LoRA network weights: {len(missing)} tensors of this network are not in the file"
                 f"{f' (the first: {missing[0]})' if missing else ''}, and {len(extra)} of the file have no place here"
                 f"{f' (the first: {extra[0]})' if extra else ''}.",
-                "The file was made with other settings: train the same parts (U-Net, text encoder) as it holds.",
+                "The file was made with other settings: choose its LoRA type, and train the same parts (U-Net, "
+                "text encoder) and blocks as it holds.",
             )
         for name, tensor in tensors.items():
             if own[name].shape != tensor.shape:
@@ -98,28 +118,16 @@ class Network(torch.nn.Module):
             module.alpha_changed()  # type: ignore[operator]
 
 
-def build(
-    algorithm: str,
-    targets: Mapping[str, tuple[str, torch.nn.Module]],
-    parts: set[str],
-    rank: int,
-    alpha: float,
-    weights: Mapping[str, torch.Tensor] | None = None,
-) -> Network:
-    """A network on all target layers of the wanted parts.
+def build(settings: Settings, targets: Mapping[str, Target], parts: set[str], size_of: SizeOf | None = None) -> Network:
+    """A network on the target layers (by kohya's name) of the wanted parts.
 
-    `algorithm` is a LoRA type's label. `targets`: kohya's name → (part, layer). With `weights`, rank and alpha of each layer come
-    from that file, and layers that it does not hold get no module (DIM from weights).
+    `size_of` tells rank and alpha of each layer; without it, all of attention has the network's.
     """
+    size_of = size_of or uniform(settings.rank, settings.alpha)
+    make = ALGORITHMS[settings.type].module_for
     modules: dict[str, torch.nn.Module] = {}
-    for name, (part, layer) in targets.items():
-        if part not in parts:
-            continue
-        layer_rank, layer_alpha = rank, alpha
-        if weights is not None:
-            if f"{name}.lora_down.weight" not in weights:
-                continue
-            layer_rank = weights[f"{name}.lora_down.weight"].shape[0]
-            layer_alpha = float(weights.get(f"{name}.alpha", torch.tensor(layer_rank)))
-        modules[name] = ALGORITHMS[algorithm].module_for(layer, layer_rank, layer_alpha)
-    return Network(modules, {n: targets[n][0] for n in modules}, {n: targets[n][1] for n in modules})
+    for name, target in targets.items():
+        rank, alpha = size_of(name, target) if target.part in parts else (0, 0)
+        if rank:
+            modules[name] = make(target.layer, rank, alpha or rank, settings)
+    return Network(modules, {n: targets[n].part for n in modules}, {n: targets[n].layer for n in modules})

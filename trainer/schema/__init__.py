@@ -10,17 +10,21 @@ To add a parameter: declare a field in the group that it belongs to, and read it
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.errors import ConfigError, Problem
+from trainer.schema import algorithms
+from trainer.schema.blocks import Blocks
 from trainer.schema.data import Captions, Data
 from trainer.schema.declare import Group, Parameter, Section, describe
 from trainer.schema.model import Folders, Model, Saving
 from trainer.schema.network import Network
 from trainer.schema.objective import Objective
 from trainer.schema.optim import Optim
+from trainer.schema.overrides import with_additional
 from trainer.schema.rules import conflicts
 from trainer.schema.samples import Samples
 from trainer.schema.training import Training
@@ -36,6 +40,7 @@ class Config(BaseModel):
     model: Model = Field(default_factory=Model)
     folders: Folders = Field(default_factory=Folders)
     network: Network = Field(default_factory=Network)
+    blocks: Blocks = Field(default_factory=Blocks)
     training: Training = Field(default_factory=Training)
     saving: Saving = Field(default_factory=Saving)
     captions: Captions = Field(default_factory=Captions)
@@ -54,7 +59,13 @@ def _in_order_of_the_form() -> dict[str, Parameter]:
         describe(group, name, field) for group, kind in _groups().items() for name, field in kind.model_fields.items()
     ]
     order = list(Section)
-    return {p.key: p for p in sorted(declared, key=lambda p: order.index(p.section))}
+    return {p.key: _by_type(p) for p in sorted(declared, key=lambda p: order.index(p.section))}
+
+
+def _by_type(parameter: Parameter) -> Parameter:
+    """A parameter that only some LoRA types use applies to those."""
+    types = algorithms.types_using(parameter.key)
+    return replace(parameter, when={"LoRA_type": types, **parameter.when}) if types else parameter
 
 
 PARAMETERS: Mapping[str, Parameter] = _in_order_of_the_form()
@@ -77,7 +88,8 @@ def parse(values: Mapping[str, Any]) -> Config:
     Raises ConfigError with every problem, each naming its control, the value and what is allowed.
     """
     parts: dict[str, Group] = {}
-    problems = [
+    values, problems = with_additional(values, PARAMETERS)
+    problems += [
         Problem(key, "", f"unknown parameter; the value was {values[key]!r}") for key in values if key not in PARAMETERS
     ]
     for group, kind in _groups().items():
@@ -87,11 +99,21 @@ def parse(values: Mapping[str, Any]) -> Config:
         except ValidationError as error:
             problems += [_problem(e, given) for e in error.errors()]
     if not problems:
-        config = Config(**parts)  # type: ignore[arg-type]
+        config = with_what_the_type_uses(Config(**parts))  # type: ignore[arg-type]
         problems += [p for p in conflicts(config) if p.severity == "error"]
         if not problems:
             return config
     raise ConfigError(problems)
+
+
+def with_what_the_type_uses(config: Config) -> Config:
+    """The settings with the default for every control that the LoRA type does not use, as if it were not there."""
+    for p in PARAMETERS.values():
+        if config.network.type not in p.when.get("LoRA_type", (config.network.type,)):
+            group = getattr(config, p.group)
+            unset = getattr(type(group)(), p.name)
+            config = config.model_copy(update={p.group: group.model_copy(update={p.name: unset})})
+    return config
 
 
 def _problem(error: Any, given: Mapping[str, Any]) -> Problem:

@@ -109,6 +109,23 @@ class Data(Group):
         """Every other read is mirrored, at random: more variety for free. Not for faces with a
         parting, text, or anything that has a left and a right.""",
     )
+    color: bool = parameter(
+        "color_aug",
+        False,
+        "Color augmentation",
+        Section.IMAGES,
+        """All hues of an image shift a little (up to 16° of the colour circle), anew at each read, so
+        that exact colours are not learned. Needs Cache latents off, so every step pays for reading
+        and encoding.""",
+    )
+    random_crop: bool = parameter(
+        "random_crop",
+        False,
+        "Random crop instead of center crop",
+        Section.IMAGES,
+        """What sticks out of the bucket is cut off at another place at each read, instead of evenly
+        on both sides. Needs Cache latents off. Not where heads or feet would be lost.""",
+    )
     vae_batch_size: int = parameter(
         "vae_batch_size",
         0,
@@ -128,6 +145,14 @@ class Data(Group):
         """Images that are read and resized at the same time when latents are not cached. 0: one
         batch ahead, in the main process. More than the machine has threads is never used.""",
         ge=0,
+    )
+    persistent_workers: bool = parameter(
+        "persistent_data_loader_workers",
+        False,
+        "Persistent data loader",
+        Section.STEP,
+        """The loader's processes stay from one epoch to the next, which saves the pause in which they
+        start anew. They keep their memory meanwhile. Without loader processes it does nothing.""",
     )
 
 
@@ -196,4 +221,22 @@ class Captions(Group):
         Longer captions are cut.""",
         ge=75,
         le=225,
+    )
+    weighted: bool = parameter(
+        "weighted_captions",
+        False,
+        "Weighted captions",
+        Section.CAPTIONS,
+        """Brackets in captions weigh words as in the web UIs: (cat) counts 1.1 times, (cat:1.3) 1.3
+        times, [cat] less; \\( and \\) are plain brackets. Shuffling leaves what stands in one bracket
+        together. Off: brackets are text like any other.""",
+    )
+    no_padding: bool = parameter(
+        "no_token_padding",
+        False,
+        "No token padding",
+        Section.CAPTIONS,
+        """Captions are filled up only to the longest of their batch instead of to 75 tokens. The web
+        UIs always fill up, so a LoRA trained without fits them less; leave it off unless you repeat
+        an old training.""",
     )

@@ -97,6 +97,44 @@ class Saving(Group):
         """A note kept in the file (ss_training_comment): trigger words, what the LoRA is for.
         Anyone who has the file can read it.""",
     )
+    title: str = parameter(
+        "metadata_title",
+        "",
+        "Metadata title",
+        Section.TRAINED_MODEL,
+        """The LoRA's title, kept in the file (modelspec.title) and shown by model managers. Empty: the file's
+        name.""",
+        placeholder="empty = the file's name",
+    )
+    author: str = parameter(
+        "metadata_author",
+        "",
+        "Metadata author",
+        Section.TRAINED_MODEL,
+        """Who made it (modelspec.author). Anyone who has the file can read it; empty: nothing is written.""",
+    )
+    description: str = parameter(
+        "metadata_description",
+        "",
+        "Metadata description",
+        Section.TRAINED_MODEL,
+        """What it shows and how to use it, trigger words included (modelspec.description).""",
+    )
+    license: str = parameter(
+        "metadata_license",
+        "",
+        "Metadata license",
+        Section.TRAINED_MODEL,
+        """What others may do with it, for instance CC-BY-4.0 (modelspec.license). The base model's licence holds as
+        well.""",
+    )
+    tags: str = parameter(
+        "metadata_tags",
+        "",
+        "Metadata tags",
+        Section.TRAINED_MODEL,
+        """Words to find it by, separated by commas (modelspec.tags).""",
+    )
     every_n_epochs: int = parameter(
         "save_every_n_epochs",
         1,
@@ -113,6 +151,68 @@ class Saving(Group):
         Section.SAVING,
         """The same by steps: with 200, files after steps 200, 400, 600 … 0: off.""",
         ge=0,
+    )
+    last_n_steps: int = parameter(
+        "save_last_n_steps",
+        0,
+        "Save last N steps",
+        Section.SAVING,
+        """Of the files saved by steps, those from more than N steps ago are deleted: every 100 and last 300
+        leaves four. Only files that this run wrote. 0: all are kept.""",
+        ge=0,
+    )
+    last_n_steps_state: int = parameter(
+        "save_last_n_steps_state",
+        0,
+        "Save last N steps state",
+        Section.SAVING,
+        """The same for state folders, which are larger than LoRA files. 0: as set for the files.""",
+        ge=0,
+        when={"save_state": True},
+    )
+    last_n_epochs: int = parameter(
+        "save_last_n_epochs",
+        0,
+        "Save last N epochs",
+        Section.SAVING,
+        """Of the files saved by epochs, the newest N are kept and older ones of this run deleted. 0: all are
+        kept.""",
+        ge=0,
+    )
+    last_n_epochs_state: int = parameter(
+        "save_last_n_epochs_state",
+        0,
+        "Save last N epochs state",
+        Section.SAVING,
+        """The same for state folders. 0: as set for the files.""",
+        ge=0,
+        when={"save_state": True},
+    )
+    state: bool = parameter(
+        "save_state",
+        False,
+        "Save training state",
+        Section.SAVING,
+        """A folder beside every saved file with all that is needed to go on from there: weights, optimizer,
+        scheduler, step. Takes about three times the file's room (the optimizer keeps two numbers a weight).""",
+    )
+    state_at_end: bool = parameter(
+        "save_state_on_train_end",
+        False,
+        "Save training state at end of training",
+        Section.SAVING,
+        """One such folder when training ends or is stopped, so that it can be prolonged later.""",
+    )
+    resume: str = parameter(
+        "resume",
+        "",
+        "Resume from saved training state",
+        Section.SAVING,
+        """A state folder (NAME-state, NAME-000002-state …): training goes on at the step behind it as if it had
+        never stopped. Give the same settings; what differs is listed at the start. To train longer than
+        planned, raise Epoch or Max train steps.""",
+        kind="folder",
+        placeholder="/output/last-000004-state",
     )
 
 

@@ -1,10 +1,10 @@
-"""The LoRA network: its type, size, and where it starts from."""
+"""The LoRA network: its type, size, and where it starts from. Which of these a type uses is said in its own file."""
 
 from typing import Literal
 
 from trainer.schema.declare import Group, Section, parameter
 
-NetworkType = Literal["Standard"]
+NetworkType = Literal["Standard", "Kohya LoCon"]
 
 
 class Network(Group):
@@ -14,7 +14,8 @@ class Network(Group):
         "LoRA type",
         Section.LORA,
         """Standard adds two small matrices to every attention layer: small files, works
-        everywhere, the right start.""",
+        everywhere, the right start. Kohya LoCon adds them to the convolutions as well: two to three
+        times the size, better at textures and styles.""",
     )
     weights: str = parameter(
         "network_weights",
@@ -54,4 +55,63 @@ class Network(Group):
         an eighth, so it wants a higher learning rate. Keep it at or below the rank.""",
         gt=0,
         when={"dim_from_weights": False},
+    )
+    conv_rank: int = parameter(
+        "conv_dim",
+        1,
+        "Convolution Rank (Dimension)",
+        Section.RANK,
+        """The rank of the 3×3 convolutions. They hold textures and need less than attention does: half of Network
+        Rank or under, for instance 4. 0: they are left alone.""",
+        ge=0,
+        le=4096,
+        when={"dim_from_weights": False},
+    )
+    conv_alpha: float = parameter(
+        "conv_alpha",
+        1.0,
+        "Convolution Alpha",
+        Section.RANK,
+        """The update of the 3×3 convolutions is scaled by this ÷ Convolution Rank. 0: as large as the rank.""",
+        ge=0,
+        when={"dim_from_weights": False},
+    )
+    max_norm: float = parameter(
+        "scale_weight_norms",
+        0.0,
+        "Scale weight norms",
+        Section.RANK,
+        """After each step, a layer's update whose norm is larger than this is shrunk to it, which holds back
+        overtraining and lets several LoRAs be mixed. 1 is a good start; lower is stronger; 0: off.""",
+        ge=0,
+    )
+    dropout: float = parameter(
+        "network_dropout",
+        0.0,
+        "Network dropout",
+        Section.RANK,
+        """Share of the values between the two matrices that are left out at random in each step, so that no single
+        one is relied on. Against overtraining on few images: 0.1–0.3, with more steps. 0: off.""",
+        ge=0,
+        le=0.99,
+    )
+    rank_dropout: float = parameter(
+        "rank_dropout",
+        0.0,
+        "Rank dropout",
+        Section.RANK,
+        """The same for whole ranks: each is left out with this probability for an image, the others are scaled up
+        to make up for it. 0.1–0.3; 0: off.""",
+        ge=0,
+        le=0.99,
+    )
+    module_dropout: float = parameter(
+        "module_dropout",
+        0.0,
+        "Module dropout",
+        Section.RANK,
+        """The same for whole layers: each layer's update is left out with this probability in a step. 0.1–0.3;
+        0: off.""",
+        ge=0,
+        le=0.99,
     )

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import ast
 import shlex
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
 from trainer.schema.declare import Group, Section, parameter
+from trainer.schema.optimizers import OPTIMIZERS, SCHEDULERS, Row
 
-Scheduler = Literal[
-    "adafactor",
-    "constant",
-    "constant_with_warmup",
-    "cosine",
-    "cosine_with_restarts",
-    "linear",
-    "polynomial",
-    "piecewise_constant",
-    "warmup_stable_decay",
-    "inverse_sqrt",
-]
-Optimizer = Literal["AdamW", "AdamW8bit", "Adafactor", "Lion"]
-WARMING = tuple(s for s in Scheduler.__args__ if s not in ("constant", "adafactor"))  # type: ignore[attr-defined]
+if TYPE_CHECKING:
+    Optimizer = Scheduler = str
+else:
+    Optimizer, Scheduler = Literal[tuple(OPTIMIZERS)], Literal[tuple(SCHEDULERS)]
+SCHEDULED = tuple(name for name, row in OPTIMIZERS.items() if not row.schedule_free)
+WARMING = tuple(name for name in SCHEDULERS if name not in ("constant", "adafactor"))
+CYCLING = ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")
 
 
 def parse_arguments(text: Any) -> Any:
@@ -65,7 +59,8 @@ class Optim(Group):
         Section.LEARNING,
         """How the learning rate moves from start to end. cosine falls gently to 0 and is a good
         default; constant stays; cosine_with_restarts jumps back up; adafactor lets the Adafactor
-        optimizer choose.""",
+        optimizer choose. Schedule-free optimizers have none.""",
+        when={"optimizer": SCHEDULED},
     )
     optimizer: Optimizer = parameter(
         "optimizer",
@@ -73,7 +68,9 @@ class Optim(Group):
         "Optimizer",
         Section.LEARNING,
         """How weights are changed. AdamW8bit: as good as AdamW with a quarter of its memory.
-        Adafactor: can choose its own rate. Lion: fewer states, wants a rate 3–10 times lower.""",
+        Adafactor chooses its own rate. Lion: fewer states, wants a rate 3–10 times lower. Prodigy
+        and the DAdapt ones search for the rate while they train: set all rates to 1. ScheduleFree
+        ones average instead of slowing down. Paged ones give memory back when a GPU runs short.""",
     )
     arguments: Arguments = parameter(
         "optimizer_args",
@@ -123,6 +120,34 @@ class Optim(Group):
         ge=0,
         blank="Learning rate",
     )
+    up_ratio: float = parameter(
+        "loraplus_lr_ratio",
+        0.0,
+        "LoRA+ learning rate ratio",
+        Section.LEARNING,
+        """LoRA+: the up matrices, which start at zero, learn this many times faster than the down matrices. 16 is the
+        authors' start; take a lower learning rate with it. 0: off, all learn alike.""",
+        ge=0,
+        le=128,
+    )
+    unet_up_ratio: float = parameter(
+        "loraplus_unet_lr_ratio",
+        0.0,
+        "LoRA+ Unet learning rate ratio",
+        Section.LEARNING,
+        """The LoRA+ ratio of the U-Net alone. 0: the one above.""",
+        ge=0,
+        le=128,
+    )
+    text_encoder_up_ratio: float = parameter(
+        "loraplus_text_encoder_lr_ratio",
+        0.0,
+        "LoRA+ Text Encoder learning rate ratio",
+        Section.LEARNING,
+        """The LoRA+ ratio of the text encoder alone. 0: the one above.""",
+        ge=0,
+        le=128,
+    )
     warmup_percent: float = parameter(
         "lr_warmup",
         10.0,
@@ -132,7 +157,7 @@ class Optim(Group):
         start. The schedulers constant and adafactor have none.""",
         ge=0,
         le=100,
-        when={"lr_scheduler": WARMING},
+        when={"lr_scheduler": WARMING, "optimizer": SCHEDULED},
     )
     warmup_steps: int = parameter(
         "lr_warmup_steps",
@@ -141,17 +166,18 @@ class Optim(Group):
         Section.LEARNING,
         """The same as a number of steps; above 0 it goes before the percentage.""",
         ge=0,
-        when={"lr_scheduler": WARMING},
+        when={"lr_scheduler": WARMING, "optimizer": SCHEDULED},
     )
     cycles: float | None = parameter(
         "lr_scheduler_num_cycles",
         None,
         "LR number of cycles",
         Section.LEARNING,
-        """How often cosine_with_restarts falls to 0 and starts anew. Empty: once.""",
+        """How often cosine_with_restarts falls to 0 and starts anew; for cosine_with_min_lr and the
+        end of warmup_stable_decay, twice the waves of their cosine. Empty: once.""",
         gt=0,
         blank="1",
-        when={"lr_scheduler": ("cosine_with_restarts",)},
+        when={"lr_scheduler": CYCLING, "optimizer": SCHEDULED},
     )
     power: float | None = parameter(
         "lr_scheduler_power",
@@ -161,17 +187,20 @@ class Optim(Group):
         """Exponent of polynomial: 1 is a straight line, higher falls faster at first. Empty: 1.""",
         gt=0,
         blank="1",
-        when={"lr_scheduler": ("polynomial",)},
+        when={"lr_scheduler": ("polynomial",), "optimizer": SCHEDULED},
     )
     scheduler_arguments: Arguments = parameter(
         "lr_scheduler_args",
         "",
         "LR scheduler extra arguments",
         Section.LEARNING,
-        """name=value pairs for the scheduler, separated by blanks; piecewise_constant needs
-        step_rules="1:100,0.1" (factor 1 until step 100, then 0.1).""",
+        """name=value pairs for the scheduler, separated by blanks. Three need them:
+        piecewise_constant step_rules="1:100,0.1" (factor 1 until step 100, then 0.1),
+        cosine_with_min_lr min_lr_rate=0.1 (the share of the rate that is left at the end), and
+        warmup_stable_decay num_decay_steps=100.""",
         kind="text",
         placeholder="lr_end=1e-6",
+        when={"optimizer": SCHEDULED},
     )
     stop_text_encoder_percent: float = parameter(
         "stop_text_encoder_training",
@@ -183,3 +212,14 @@ class Optim(Group):
         ge=0,
         le=100,
     )
+
+    @property
+    def row(self) -> Row:
+        """The optimizer's class and what is special about it."""
+        return OPTIMIZERS[self.optimizer]
+
+    @property
+    def relative_step(self) -> bool:
+        """Whether Adafactor chooses the rate. It does unless told otherwise, and always to warm up."""
+        told = self.arguments
+        return self.optimizer == "Adafactor" and bool(told.get("relative_step", True) or told.get("warmup_init"))

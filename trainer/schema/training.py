@@ -91,6 +91,29 @@ class Training(Group):
         """Forget intermediate results and compute them again when needed: far less memory, about a
         third slower, the same result.""",
     )
+    full_fp16: bool = parameter(
+        "full_fp16",
+        False,
+        "Full fp16 training (experimental)",
+        Section.STEP,
+        """The LoRA's own weights, gradients and the optimizer's input in fp16 too: a little less memory, and small
+        changes are rounded away. Rarely worth it. Needs Mixed precision fp16, and a GPU.""",
+    )
+    full_bf16: bool = parameter(
+        "full_bf16",
+        False,
+        "Full bf16 training (experimental)",
+        Section.STEP,
+        """The same in bf16, which rounds more coarsely and never overflows. Needs Mixed precision bf16.""",
+    )
+    memory_efficient_attention: bool = parameter(
+        "mem_eff_attn",
+        False,
+        "Memory efficient attention",
+        Section.STEP,
+        """Never hold the whole table of attention in memory, whatever CrossAttention below says. That is what sdpa
+        and xformers do by themselves, so it matters with none.""",
+    )
     attention: Literal["none", "sdpa", "xformers"] = parameter(
         "xformers",
         "xformers",
@@ -108,4 +131,14 @@ class Training(Group):
         """How much regularisation images count against training images. Without a regularisation
         folder it does nothing.""",
         ge=0,
+    )
+    additional: str = parameter(
+        "additional_parameters",
+        "",
+        "Additional parameters",
+        Section.STEP,
+        """--name value, as often as needed: sets any parameter by its preset key and goes before the form. A
+        name that is none is refused. Handy for presets of others and for trying things out.""",
+        kind="text",
+        placeholder="--max_train_steps 500 --seed 7",
     )

@@ -1,0 +1,89 @@
+"""Which block of the U-Net a layer is in, and how large its module becomes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from trainer.models import Target
+from trainer.schema import Config
+from trainer.schema.algorithms import USES
+
+DIFFUSERS = re.compile(r"_(down|up)_blocks_(\d+)_(resnets|attentions|downsamplers|upsamplers)_(\d+)_")
+ORIGINAL = re.compile(r"^lora_unet_(input_blocks|middle_block|output_blocks)_(\d+)_")
+MIDDLE = 12
+
+
+class Size(NamedTuple):
+    """A module's rank (0: none is made) and alpha (0: the rank)."""
+
+    rank: int
+    alpha: float
+
+
+SizeOf = Callable[[str, Target], Size]
+
+
+def block_of(name: str) -> int | None:
+    """The block that the layer with this kohya name is in; None outside of all.
+
+    By diffusers' names (SD 1.x and 2.x): 0–11 IN, 12 MID, 13–24 OUT. By the original ones (SDXL):
+    1–9, 10–12, 13–21.
+    """
+    if found := DIFFUSERS.search(name):
+        way, stage, kind, place = found.groups()
+        index = 3 * int(stage) + (2 if kind.endswith("samplers") else int(place))
+        return index + 1 if way == "down" else MIDDLE + 1 + index
+    if "mid_block_" in name:
+        return MIDDLE
+    if found := ORIGINAL.search(name):
+        return {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}[found[1]] + int(found[2])
+    return None
+
+
+def uniform(rank: int, alpha: float) -> SizeOf:
+    """One size for all layers of the attention blocks and the text encoder."""
+    return lambda name, target: Size(rank if target.place == "attention" else 0, alpha)
+
+
+def from_file(tensors: Mapping[str, torch.Tensor]) -> SizeOf:
+    """The size that each layer has in a LoRA file; none where the file has none."""
+
+    def size_of(name: str, target: Target) -> Size:
+        if f"{name}.lora_down.weight" not in tensors:
+            return Size(0, 0)
+        rank = tensors[f"{name}.lora_down.weight"].shape[0]
+        return Size(rank, float(tensors.get(f"{name}.alpha", torch.tensor(rank))))
+
+    return size_of
+
+
+def from_settings(config: Config, weights: Sequence[float] | None) -> SizeOf:
+    """The sizes that the settings give, block by block where they do; none at a block weight of 0.
+
+    Linear layers and 1×1 convolutions have the network's rank, larger kernels the convolution
+    rank. The blocks' resnets and samplers are reached only where convolutions are trained.
+    """
+    network, blocks = config.network, config.blocks
+    plain = Size(network.rank, network.alpha)
+    conv = Size(network.conv_rank if "conv_dim" in USES[network.type] else 0, network.conv_alpha)
+    reaches_convolutions = "conv_dim" in USES[network.type] or blocks.conv_ranks is not None
+
+    def size_of(name: str, target: Target) -> Size:
+        if target.place != "attention" and not (reaches_convolutions and target.place == "resnet"):
+            return Size(0, 0)
+        large = isinstance(target.layer, torch.nn.Conv2d) and target.layer.kernel_size != (1, 1)
+        size, ranks, alphas = (
+            (conv, blocks.conv_ranks, blocks.conv_alphas) if large else (plain, blocks.ranks, blocks.alphas)
+        )
+        block = block_of(name) if target.part == "unet" else None
+        if block is None:
+            return size
+        if weights and weights[block] == 0:
+            return Size(0, 0)
+        return Size(ranks[block] if ranks else size.rank, alphas[block] if alphas else size.alpha)
+
+    return size_of

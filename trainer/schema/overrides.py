@@ -1,0 +1,69 @@
+"""Settings given as words: `--name value`, on the command line and in Additional parameters."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.errors import ConfigError, Problem
+from trainer.schema.declare import Parameter
+
+KEY = "additional_parameters"
+SECRET = ("wandb_api_key", "huggingface_token")
+"""Keys whose values are written nowhere, so they must not hide in a text that is."""
+
+
+def overrides(words: Sequence[str], parameters: Mapping[str, Parameter]) -> tuple[dict[str, str], list[str]]:
+    """`--name value` and `--name=value` as preset keys and values, and what is wrong with the rest.
+
+    A switch alone is on. A value may begin with one dash, as negative numbers do.
+    """
+    found: dict[str, str] = {}
+    wrong: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        has_value = bool(equals)
+        if not equals and left and not left[0].startswith("--"):
+            value, has_value = left.pop(0), True
+        if not word.startswith("--"):
+            wrong.append(f'"{word}" does not belong to a parameter; write --name value, with quotes around blanks.')
+        elif name not in parameters:
+            near = difflib.get_close_matches(name, parameters, 1)
+            wrong.append(f'"--{name}" is not a parameter' + (f"; did you mean --{near[0]}?" if near else "."))
+        elif not has_value and parameters[name].kind != "switch":
+            wrong.append(f"--{name} needs a value behind it.")
+        else:
+            found[name] = value if has_value else "true"
+    return found, wrong
+
+
+def with_additional(
+    values: Mapping[str, Any], parameters: Mapping[str, Parameter]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """A preset's values with those that its Additional parameters name in place of its own.
+
+    The text is split as a shell would, and never given to one.
+    """
+    text = values.get(KEY)
+    if not isinstance(text, str) or not text.strip():
+        return dict(values), []
+    try:
+        found, wrong = overrides(shlex.split(text), parameters)
+    except ValueError as error:
+        found, wrong = {}, [f"cannot be split into words: {str(error).lower()}."]
+    for key in {*SECRET, KEY} & set(found):
+        del found[key]
+        wrong.append(f"--{key} cannot stand here, where it would be stored; it has a box of its own.")
+    return {**values, **found}, [Problem(KEY, parameters[KEY].label, message) for message in wrong]
+
+
+def from_command_line(words: Sequence[str], parameters: Mapping[str, Parameter]) -> dict[str, str]:
+    """The settings named behind a command. Raises ConfigError with all that is wrong."""
+    found, wrong = overrides(words, parameters)
+    if wrong:
+        raise ConfigError([Problem("", "", message) for message in wrong])
+    return found
