@@ -129,6 +129,7 @@ def test_files_between_have_kohyas_names(settings, train, tmp_path):
     ]
 
 
+@pytest.mark.proves("unet_lr", "text_encoder_lr")
 @pytest.mark.parametrize(
     ("zero", "kept", "gone"), [("text_encoder_lr", "lora_unet", "lora_te"), ("unet_lr", "lora_te", "lora_unet")]
 )

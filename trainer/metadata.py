@@ -174,14 +174,13 @@ def _words(saving: Saving) -> dict[str, str]:
     }
 
 
-def _network_arguments(config: Config) -> dict[str, str]:
+def _network_arguments(config: Config) -> dict[str, str | float]:
     """What was set of the network beyond rank and alpha, by the names and in the form of sd-scripts."""
     settings, blocks, optim = config.network, config.blocks, config.optim
     convolutions = "conv_dim" in USES[settings.type]
     given = {
         "conv_dim": str(settings.conv_rank) if convolutions else None,
         "conv_alpha": f"{settings.conv_alpha:g}" if convolutions else None,
-        "dropout": settings.dropout,
         "rank_dropout": settings.rank_dropout,
         "module_dropout": settings.module_dropout,
         "down_lr_weight": blocks.down_weights,
@@ -196,7 +195,8 @@ def _network_arguments(config: Config) -> dict[str, str]:
         "loraplus_unet_lr_ratio": optim.unet_up_ratio,
         "loraplus_text_encoder_lr_ratio": optim.text_encoder_up_ratio,
     }
-    return {name: str(value) for name, value in given.items() if value}
+    numbers = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in given.items() if value}
+    return numbers | ({"dropout": settings.dropout} if settings.dropout else {})
 
 
 def _listed(numbers: Sequence[float] | None) -> str:

@@ -118,6 +118,7 @@ def listed(numbers) -> str:
     return ",".join(str(number) for number in numbers)
 
 
+@pytest.mark.proves("block_dims", "block_alphas")
 def test_block_dims_and_alphas_are_the_ranks_in_the_file_and_0_leaves_a_block_out(settings, train, tmp_path):
     ranks, alphas = [2 + i for i in range(25)], [0.5 + i for i in range(25)]
     ranks[16], alphas[17] = 0, 0
@@ -127,12 +128,14 @@ def test_block_dims_and_alphas_are_the_ranks_in_the_file_and_0_leaves_a_block_ou
     assert found == {None: {(4, 4)}, 1: {(3, 1.5)}, 12: {(14, 12.5)}, 17: {(19, 19)}}
 
 
+@pytest.mark.proves("block_alphas")
 def test_block_alphas_alone_keep_the_networks_rank(settings, train, tmp_path):
     train(settings | {"block_alphas": listed([2] * 25), "max_train_steps": 1})
     found = sizes_by_block(tmp_path / "out" / "photo.safetensors")
     assert found == {None: {(4, 4)}} | {block: {(4, 2)} for block in TINY_ATTENTION}
 
 
+@pytest.mark.proves("conv_block_dims", "conv_block_alphas")
 def test_conv_dims_turn_a_lora_into_a_locon_block_by_block(settings, train, tmp_path):
     conv = [1 + i for i in range(25)]
     conv[3] = 0
@@ -148,6 +151,7 @@ def test_conv_dims_turn_a_lora_into_a_locon_block_by_block(settings, train, tmp_
     assert any(name.endswith("time_emb_proj") for name in others)
 
 
+@pytest.mark.proves("block_lr_zero_threshold", "down_lr_weight", "up_lr_weight")
 def test_blocks_not_above_the_threshold_get_no_modules(settings, train, tmp_path):
     weights = {"down_lr_weight": "0,0.1", "up_lr_weight": "1,1,1,0.3,0", "block_lr_zero_threshold": 0.1}
     train(settings | weights | {"max_train_steps": 1})
@@ -162,6 +166,7 @@ def rates_by_block(s) -> dict[int | None, float]:
     return {group["block"]: group["lr"] for group in s.optimizer.param_groups if group["name"] == "unet"}
 
 
+@pytest.mark.proves("down_lr_weight", "mid_lr_weight", "up_lr_weight")
 def test_block_weights_multiply_the_unets_rate_in_groups_of_their_own(settings, tmp_path):
     s = session(
         settings,
@@ -189,6 +194,7 @@ def test_the_reported_rate_is_the_one_before_block_weights(settings, train):
     assert rates == pytest.approx([1e-3, 0.5e-3])
 
 
+@pytest.mark.proves("mid_lr_weight")
 def test_a_block_with_a_tenth_of_the_rate_moves_a_tenth_as_far(settings, tmp_path):
     """SGD without momentum would move as far as rate × gradient; AdamW's first step moves by the rate itself."""
     from trainer import loop
@@ -223,6 +229,7 @@ def test_leaving_everything_out_is_refused(settings, train):
     assert code == EXIT_CONFIG
 
 
+@pytest.mark.proves("LoRA_type", "conv_dim", "conv_alpha")
 def test_a_locon_of_the_full_model_has_the_names_and_shapes_of_sd_scripts():
     expected = reference.read("sd15_locon_keys")["tensors"]
     config = schema.parse({"LoRA_type": "Kohya LoCon", "conv_dim": 4, "conv_alpha": 1})
@@ -247,6 +254,7 @@ def full_model_targets() -> dict[str, Target]:
     return sd.StableDiffusion(unet, None, text_encoder, schedule, torch.float32, cpu, 1, 75).targets()
 
 
+@pytest.mark.proves("LoRA_type", "conv_dim")
 def test_a_locons_conv_rank_0_leaves_the_3x3_convolutions_alone(settings, train, tmp_path):
     locon = {"LoRA_type": "LoCon", "conv_dim": 0, "max_train_steps": 1}
     train(settings | locon)

@@ -48,6 +48,7 @@ def ranks_seen(module, layer, x) -> torch.Tensor:
     return (update / whole)[..., :rank]
 
 
+@pytest.mark.proves("network_dropout")
 def test_network_dropout_leaves_out_values_and_scales_the_rest(case):
     layer, x = case
     share = ranks_seen(module_with(layer, dropout=0.25), layer, x)
@@ -56,6 +57,7 @@ def test_network_dropout_leaves_out_values_and_scales_the_rest(case):
     torch.testing.assert_close(share[~dropped], torch.full_like(share[~dropped], 1 / 0.75), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.proves("rank_dropout")
 def test_rank_dropout_leaves_out_a_rank_for_a_whole_image_and_scales_the_rest(case):
     layer, x = case
     share = ranks_seen(module_with(layer, rank_dropout=0.4), layer, x)
@@ -66,6 +68,7 @@ def test_rank_dropout_leaves_out_a_rank_for_a_whole_image_and_scales_the_rest(ca
     torch.testing.assert_close(share[~dropped], torch.full_like(share[~dropped], 1 / 0.6), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.proves("module_dropout")
 def test_module_dropout_leaves_out_the_whole_layer_in_its_share_of_the_steps(case):
     layer, x = case
     module = module_with(layer, module_dropout=0.3)
@@ -109,6 +112,7 @@ def test_samples_are_drawn_without_dropout(settings, train, monkeypatch):
     assert [mode for mode, _ in groupby(modes)] == ["drawing", "whole", "dropping", "drawing", "whole"]
 
 
+@pytest.mark.proves("network_dropout", "rank_dropout", "module_dropout")
 @pytest.mark.parametrize("key", ["network_dropout", "rank_dropout", "module_dropout"])
 def test_each_dropout_changes_what_is_learned_and_the_seed_fixes_it(settings, train, tmp_path, key):
     def trained(change):
@@ -153,6 +157,7 @@ def test_an_update_of_nothing_stays_nothing(case):
     assert torch.equal(module.lora_down.weight, down)
 
 
+@pytest.mark.proves("scale_weight_norms")
 def test_no_layer_of_the_file_exceeds_scale_weight_norms(settings, train, tmp_path):
     def largest(change):
         train(settings | change | {"learning_rate": 0.1, "lr_scheduler": "constant"})
@@ -176,6 +181,7 @@ def loraplus(settings, tmp_path, **ratios):
     return prepare(schema.parse({**values, "optimizer_args": "weight_decay=0"}), Run(tmp_path), lambda event: None)
 
 
+@pytest.mark.proves("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
 @pytest.mark.parametrize(
     ("ratios", "unet", "text_encoder"),
     [
@@ -195,6 +201,7 @@ def test_loraplus_gives_the_up_weights_a_multiple_of_the_rate(settings, tmp_path
         assert rate == pytest.approx(own * (ratio if "lora_up" in name else 1)), name
 
 
+@pytest.mark.proves("loraplus_unet_lr_ratio")
 def test_a_step_with_loraplus_moves_the_up_weights_that_much_further(settings, tmp_path):
     """AdamW's first step moves a weight by its rate."""
     from trainer import loop
