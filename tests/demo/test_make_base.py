@@ -111,3 +111,16 @@ def test_captions_name_style_and_concept_and_sometimes_less_or_more():
 def test_no_two_concepts_share_a_name_or_a_picture():
     every = pictures.CONCEPTS + pictures.OTHERS
     assert len({concept.name for concept in every}) == len({concept.icon for concept in every}) == len(every)
+
+
+def test_the_colour_reader_reads_colours_that_are_in_the_latents():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, 4, 8, 8, generator=generator)
+    mixing = torch.randn(3, 4, generator=generator)
+    colours = torch.einsum("oc,bchw->bohw", mixing, latents)
+    images = colours.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    reader, blind = make_base.ColourReader(), make_base.ColourReader()
+    for _ in range(300):
+        error, without = reader.unread(latents, images), blind.unread(torch.zeros_like(latents), images)
+    assert error < 1e-3
+    assert without == pytest.approx(colours.var(dim=(0, 2, 3), correction=0).mean().item(), rel=0.01)

@@ -1,9 +1,12 @@
 """Measures the embedded base model and prints a table; draws the contact sheet.
 
     python -m trainer.demo.measure --work /folder/of/make_base --sheet docs/images/base.png
+    python -m trainer.demo.measure --work /folder/of/make_base --lora linocut.safetensors
 
 A drawn picture counts as right when, among the rendered pictures of all concepts in the asked style, one of the
 five nearest is of the asked concept. `features` is the space in which they are near.
+
+With `--lora` it measures instead what the demo's LoRA learned, on concepts that its pictures lack.
 """
 
 from __future__ import annotations
@@ -13,13 +16,18 @@ import random
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 from PIL import Image, ImageDraw
+from torch.nn import functional
 
+from trainer.checkpoint import read_lora
 from trainer.demo import pictures
-from trainer.demo.make_base import Collection, reconstruction_psnr
+from trainer.demo.make_base import Collection, as_bytes, reconstruction_psnr
+from trainer.demo.make_images import HELD_OUT, demo_concepts
 from trainer.models import load
+from trainer.networks import build
+from trainer.networks.blocks import from_file
 from trainer.sampling import make_sampler
+from trainer.schema.network import Network as Settings
 
 STYLES = list(pictures.STYLES)
 
@@ -29,29 +37,89 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="the work folder of make_base: the rendered pictures")
     parser.add_argument("--base", default="", help="a base model's file; the embedded one unless given")
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet of 40 prompts to this PNG")
+    parser.add_argument("--lora", type=Path, help="measure this LoRA of the style demo, not the base model")
+    parser.add_argument("--sheet", type=Path, help="write what was drawn first to this PNG")
     args = parser.parse_args()
 
     collection = Collection.prepare(args.work)
     model = load(args.base, "", torch.float32, torch.device("cpu"), clip_skip=1, max_tokens=75)
-    chosen = prompts(args.prompts)
-    drawn = draw(model, [pictures.caption(STYLES[style], pictures.CONCEPTS[i].name) for style, i in chosen])
-    right = nearest_are_right(drawn, chosen, collection.known)
-
-    rows = [("autoencoder, trained pictures (dB)", f"{reconstruction_psnr(model.vae, collection.known):.2f}", "≥ 26")]
-    rows += [(f"right concept in the first 5 of {len(pictures.CONCEPTS)} (%)", percent(right), "≥ 60")]
-    for style, word in enumerate(STYLES):
-        rows.append((f"  {word}", percent([ok for ok, (s, _) in zip(right, chosen, strict=True) if s == style]), ""))
+    if args.lora:
+        linocuts = pictures.IconSet(args.work / "packages", pictures.UNSEEN_STYLE[1])
+        unseen = torch.stack([as_bytes(linocuts.picture(concept.icon)) for concept in pictures.CONCEPTS])
+        rows, sheet = measure_lora(model, args.lora, collection.known, unseen)
+    else:
+        rows, sheet = measure_base(model, args.prompts, collection)
     for name, value, wanted in rows:
-        print(f"{name:44} {value:>7} {wanted}")
+        print(f"{name:58} {value:>8} {wanted}")
     if args.sheet:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(drawn[:40], chosen[:40]).save(args.sheet, optimize=True)
+        sheet.quantize(256, dither=Image.Dither.NONE).save(args.sheet, optimize=True)
+
+
+Row = tuple[str, str, str]
+
+
+def measure_base(model, count: int, collection: Collection) -> tuple[list[Row], Image.Image]:
+    """The table of the base model's figures, and a contact sheet of the first 40 prompts."""
+    chosen = prompts(count)
+    captions = [pictures.caption(STYLES[style], pictures.CONCEPTS[i].name) for style, i in chosen]
+    drawn = draw(model, captions)
+    right = nearest_are_right(drawn, chosen, collection.known)
+    rows = [
+        (
+            "autoencoder, pictures of the concepts (dB)",
+            f"{reconstruction_psnr(model.vae, collection.known):.2f}",
+            "≥ 26",
+        ),
+        (f"right concept in the first 5 of {len(pictures.CONCEPTS)} (%)", percent(right), "≥ 60"),
+    ]
+    for style, word in enumerate(STYLES):
+        rows.append((f"  {word}", percent([ok for ok, (s, _) in zip(right, chosen, strict=True) if s == style]), ""))
+    return rows, contact_sheet(drawn[:40], captions[:40])
+
+
+def measure_lora(model, lora: Path, known: torch.Tensor, unseen: torch.Tensor) -> tuple[list[Row], Image.Image]:
+    """The table of the style demo's figures, and a contact sheet: without the LoRA, with it, in turn.
+
+    `unseen` (concepts, 3, height, width): the linocut of every concept. A concept is as near as the nearest of its
+    pictures in any style, linocut among them, so that the same rule holds with and without the LoRA.
+    """
+    tensors = read_lora(lora)
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+    parts = {part for part, prefix in prefixes.items() if any(name.startswith(prefix) for name in tensors)}
+    network = build(Settings(), model.targets(), parts, from_file(tensors))
+    with torch.no_grad():
+        network.read(tensors)
+
+    concepts = demo_concepts(HELD_OUT)
+    captions = [pictures.caption(pictures.UNSEEN_STYLE[0], concept.name) for concept in concepts]
+    without = draw(model, captions)
+    network.attach()
+    drawn = draw(model, captions)
+    with network.strength(0):
+        at_zero = draw(model, captions)
+    network.detach()
+
+    numbers = [pictures.CONCEPTS.index(concept) for concept in concepts]
+    right_without, right = (nearest_in_any_style(images, numbers, known, unseen) for images in (without, drawn))
+    ratio = saturation(drawn) / saturation(without)
+    kept = sum(right) / max(1, sum(right_without))
+    rows = [
+        ("saturation without the LoRA", f"{saturation(without):.4f}", ""),
+        ("saturation with it", f"{saturation(drawn):.4f}", ""),
+        ("  ratio", f"{ratio:.3f}", "< 0.1"),
+        ("right concept in the first 5, without (%)", percent(right_without), ""),
+        ("right concept in the first 5, with (%)", percent(right), ""),
+        ("  ratio", f"{kept:.3f}", "≥ 0.667"),
+        ("strength 0 gives the base model's pictures, bit for bit", str(torch.equal(at_zero, without)), "True"),
+    ]
+    pairs = torch.stack([without, drawn], dim=1).flatten(0, 1)
+    return rows, contact_sheet(pairs, [label for caption in captions for label in (caption, "with the LoRA")], 10)
 
 
 def prompts(count: int, seed: int = 0) -> list[tuple[int, int]]:
     """`count` pairs of (style, concept), styles in turn, concepts drawn without repeating one in a style."""
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311  not for secrets
     orders = [rng.sample(range(len(pictures.CONCEPTS)), len(pictures.CONCEPTS)) for _ in STYLES]
     return [(i % len(STYLES), orders[i % len(STYLES)][i // len(STYLES)]) for i in range(count)]
 
@@ -103,6 +171,19 @@ def nearest_are_right(drawn: torch.Tensor, chosen: list[tuple[int, int]], known:
     return found
 
 
+def nearest_in_any_style(
+    drawn: torch.Tensor, concepts: list[int], known: torch.Tensor, unseen: torch.Tensor
+) -> list[bool]:
+    """For each drawn picture: is its concept among the five nearest, each as near as its nearest style?"""
+    by_style = features(known).view(len(pictures.CONCEPTS), len(STYLES), -1)
+    references = torch.cat([by_style, features(unseen)[:, None]], dim=1)
+    found = []
+    for feature, concept in zip(features(drawn), concepts, strict=True):
+        distances = (references - feature).norm(dim=2).amin(dim=1)
+        found.append(concept in distances.topk(5, largest=False).indices.tolist())
+    return found
+
+
 def saturation(images: torch.Tensor) -> float:
     """Mean over pixels of (largest − smallest channel) / 255."""
     return (images.amax(1).float() - images.amin(1).float()).mean().item() / 255
@@ -112,15 +193,15 @@ def percent(flags: list[bool]) -> str:
     return f"{100 * sum(flags) / len(flags):.1f}"
 
 
-def contact_sheet(drawn: torch.Tensor, chosen: list[tuple[int, int]], columns: int = 8) -> Image.Image:
-    size, label = pictures.SIZE, 16
+def contact_sheet(drawn: torch.Tensor, labels: list[str], columns: int = 8) -> Image.Image:
+    size, label_height = pictures.SIZE, 16
     rows = -(-len(drawn) // columns)
-    sheet = Image.new("RGB", (columns * size, rows * (size + label)), "white")
+    sheet = Image.new("RGB", (columns * size, rows * (size + label_height)), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, (image, (style, concept)) in enumerate(zip(drawn, chosen, strict=True)):
-        x, y = number % columns * size, number // columns * (size + label)
+    for number, (image, label) in enumerate(zip(drawn, labels, strict=True)):
+        x, y = number % columns * size, number // columns * (size + label_height)
         sheet.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), (x, y))
-        pen.text((x + 4, y + size + 2), pictures.caption(STYLES[style], pictures.CONCEPTS[concept].name), fill="black")
+        pen.text((x + 4, y + size + 2), label, fill="black")
     return sheet
 
 
