@@ -6,12 +6,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from trainer import kohya
 from trainer.errors import ConfigError
 from trainer.run import EXIT_CONFIG, EXIT_DONE
-from trainer.schema import PARAMETERS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_DONE
     try:
         preset = kohya.load(known.preset)
-        preset.values.update(overrides(rest, parser))
+        preset = kohya.overridden(preset, rest)
     except ConfigError as error:
         return _refuse(error, getattr(known, "json", False))
     if known.command == "check":
@@ -52,28 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     return start(preset, known.run)
 
 
-def overrides(words: list[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """`--key value` and `--key=value` pairs as a dict of preset keys; a lone switch is on."""
-    found: dict[str, Any] = {}
-    while words:
-        word, *words = words
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or key not in PARAMETERS:
-            parser.error(f'"{word}" is not an option; settings are given as --KEY VALUE with a preset\'s key')
-        if not equals:
-            if words and not words[0].startswith("--"):
-                value, *words = words
-            elif PARAMETERS[key].kind == "switch":
-                value = "true"
-            else:
-                parser.error(f"--{key} needs a value")
-        found[key] = value
-    return found
-
-
 def _refuse(error: ConfigError, as_json: bool) -> int:
     if as_json:
-        print(json.dumps({"problems": [p.__dict__ for p in error.problems], "notes": []}))
+        print(json.dumps({"problems": [p.__dict__ for p in error.problems], "notes": [], "summary": {}}))
     else:
         print(error, file=sys.stderr)
     return EXIT_CONFIG

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trainer import state
-from trainer.data import folders
+from trainer.data import folders, images
 from trainer.data.batches import batches_per_epoch
 from trainer.data.buckets import Buckets, Size
 from trainer.data.folders import Picture
@@ -83,6 +84,8 @@ def problems(preset: Preset, decode: bool = True) -> Checked:
         *_output(config),
         *_logging(config),
         *_samples(config),
+        *_optimizer(config),
+        *_masks(config, survey.dataset.pictures),
     ]
     summary = _summary(config, survey.dataset.pictures, places, model)
     refused = any(problem.severity == "error" for problem in found)
@@ -365,6 +368,33 @@ def _samples(config: Config) -> Iterator[Problem]:
         return
     if not prompts and (samples.every_n_steps or samples.every_n_epochs):
         yield _problem("sample_prompts", "is empty, so no samples will be drawn. Enter one prompt a line.", "warning")
+
+
+def _optimizer(config: Config) -> Iterator[Problem]:
+    row = config.optim.row
+    if row.package and importlib.util.find_spec(row.module.partition(".")[0]) is None:
+        yield _problem(
+            "optimizer",
+            f'"{config.optim.optimizer}" needs the package {row.package}, which is not installed here. '
+            f"Install it (pip install {row.package}), or choose another optimizer.",
+        )
+
+
+def _masks(config: Config, pictures: tuple[Picture, ...]) -> Iterator[Problem]:
+    if not config.objective.masked or not pictures:
+        return
+    for picture in pictures:
+        try:
+            if images.has_transparency(picture.path):
+                return
+        except DataError:
+            continue  # the survey of the folders tells
+    yield _problem(
+        "masked_loss",
+        f"is on, but none of the {len(pictures)} images in Image folder (train_data_dir) has an alpha channel, "
+        "so all count whole. Cut the subjects out, or switch it off.",
+        "warning",
+    )
 
 
 def _summary(config: Config, pictures: tuple[Picture, ...], places: list[Size] | None, model: Found | None) -> Summary:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,7 @@ from trainer.errors import ModelError, TrainingError
 from trainer.networks import Network
 from trainer.run import write_whole
 
+T = TypeVar("T")
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LEGACY_HASH_START, LEGACY_HASH_LENGTH = 0x100000, 0x10000
 
@@ -44,15 +46,20 @@ def save_lora(path: Path, network: Network, precision: str, metadata: Mapping[st
             "Lower the learning rate, or set Mixed precision to bf16 or no; then start from the last good file.",
         )
     data = save(tensors, {**metadata, **hashes(tensors, metadata)})
+    on_disk(path, lambda path: write_whole(path, data))
+
+
+def on_disk(path: Path, write: Callable[[Path], T]) -> T:
+    """Call `write(path)` with its folder there. Raises TrainingError when the disk is full."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, data)
+        return write(path)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise TrainingError(
             "disk_full",
-            f'There is no room on the disk for "{path}" ({len(data) / 1e6:.0f} MB).',
+            f'There is no room on the disk for "{path}".',
             "Free some space or choose another Output folder (output_dir).",
         ) from error
 

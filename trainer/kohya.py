@@ -22,6 +22,8 @@ OLDER_KEYS = {
     "conv_dims": "conv_block_dims",
     "conv_alphas": "conv_block_alphas",
     "stop_text_encoder_training_pct": "stop_text_encoder_training",
+    "use_wandb": "log_with",
+    "wandb": "log_with",
 }
 
 OLDER_VALUES: dict[str, dict[Any, Any]] = {
@@ -29,6 +31,7 @@ OLDER_VALUES: dict[str, dict[Any, Any]] = {
     "xformers": {True: "xformers", False: "none", "true": "xformers", "false": "none", "": "none"},
     "save_precision": {"fp32": "float", "no": "float"},
     "mixed_precision": {"fp32": "no", "float": "no"},
+    "log_with": {True: "wandb", False: "", "True": "wandb", "False": "", "true": "wandb", "false": "", "0": ""},
     "optimizer": {"AdamW 8bit": "AdamW8bit", "AdaFactor": "Adafactor"},
 }
 

@@ -59,6 +59,7 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
             break
     report.flush()
     s.network.detach()
+    s.trackers.close()
     s.accelerator.end_training()
     status: Literal["done", "stopped"] = "done" if step == s.length.total_steps else "stopped"
     return Ended(status, step, path, round(time.monotonic() - began, 1))
@@ -146,7 +147,8 @@ def batch_loss(s: Session, batch: Batch) -> torch.Tensor:
     prediction = s.model.predict(noisy, timesteps, states)
     wanted = objective.target(latents, noise, timesteps, schedule)
     weights = batch.weights.to(device)
-    return objective.loss_per_image(prediction, wanted, timesteps, weights, schedule, settings).mean()
+    masks = None if batch.masks is None else batch.masks.to(device)
+    return objective.loss_per_image(prediction, wanted, timesteps, weights, schedule, settings, masks).mean()
 
 
 def stops_text_encoder(s: Session, step: int) -> bool:
@@ -242,5 +244,5 @@ class Reporter:
             memory_bytes=memory,
         )
         self.s.emit(event)
-        self.s.accelerator.log({"loss/current": loss} | {f"lr/{name}": rate for name, rate in rates.items()}, step=step)
+        self.s.trackers.log({"loss/current": loss} | {f"lr/{name}": rate for name, rate in rates.items()}, step=step)
         log.info("step %d/%d  epoch %d  loss %.4f  %.2f steps/s", step, length.total_steps, epoch, loss, speed)

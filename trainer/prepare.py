@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainer import checkpoint, metadata, models, networks, optim, state
+from trainer import checkpoint, metadata, models, networks, optim, state, trackers
 from trainer.data import cache, folders
 from trainer.data.buckets import Buckets
 from trainer.data.feed import Feed
@@ -59,6 +59,7 @@ class Session:
     output: Path
     check: Callable[[], None]
     retention: Retention
+    trackers: trackers.Trackers
     first_step: int = 1
 
 
@@ -112,6 +113,7 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
             batch_size=config.data.vae_batch_size or training.batch_size,
             dtype=torch.float32 if precision == "no" else torch.float16,
             to_disk=config.data.cache_to_disk,
+            masked=config.objective.masked,
             progress=progress,
         )
         if accelerator.device.type != "cpu":
@@ -155,6 +157,7 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
         output=resolve(config.folders.output) if config.folders.output else run.output,
         check=check,
         retention=Retention(config.saving),
+        trackers=trackers.start(config, run, emit) if accelerator.is_main_process else trackers.Trackers(emit),
         first_step=resumed.step + 1 if resumed else 1,
     )
 
@@ -178,16 +181,7 @@ def _accelerator(config: Config, emit: Emit) -> tuple[Accelerator, str]:
     if precision == "fp16" and not torch.cuda.is_available():
         precision = "bf16"
         emit(Warned("Mixed precision fp16 needs a GPU; bf16 is used instead.", "Set Mixed precision to bf16 or no."))
-    logging_dir = resolve(config.folders.logging) if config.folders.logging else None
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        log_with="tensorboard" if logging_dir else None,
-        project_dir=logging_dir,
-        step_scheduler_with_optimizer=False,
-    )
-    if logging_dir:
-        logging_dir.mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers(config.saving.name)
+    accelerator = Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
     if config.training.full_fp16 and accelerator.scaler is not None:
         # torch's scaler refuses gradients in fp16 unless told that they are meant.
         accelerator.scaler._unscale_grads_ = partial(_unscale, accelerator.scaler._unscale_grads_)

@@ -78,6 +78,8 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
     events = EventLog(run.events)
     with _logging_to(run):
         log.info("run: %s", run.folder)
+        if checked.config.training.additional:
+            log.info("additional parameters: %s", checked.config.training.additional)
         for note in preset.notes:
             log.info("preset: %s", note)
         for problem in checked.problems:
@@ -122,7 +124,7 @@ def _train(config: Config, run: Run, events: EventLog) -> int:
             batches_per_epoch=length.batches_per_epoch,
             epochs=length.epochs,
             total_steps=length.total_steps,
-            first_step=1,
+            first_step=session.first_step,
             seed=session.seed,
         )
     )

@@ -25,7 +25,7 @@ from safetensors.torch import save
 
 from trainer.data.buckets import Placement
 from trainer.data.folders import Picture
-from trainer.data.images import pixels
+from trainer.data.images import opacity, pixels
 from trainer.run import write_whole
 
 log = logging.getLogger(__name__)
@@ -34,10 +34,14 @@ FOLDER = ".latents"
 
 @dataclass(frozen=True)
 class Latents:
-    """One picture's latents [C,h,w], and those of its mirror image where flipping is on."""
+    """One picture's latents [C,h,w], and those of its mirror image where flipping is on.
+
+    `mask` [h,w] in 0…1 says how much each place counts, where transparency is a mask.
+    """
 
     plain: torch.Tensor
     flipped: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 def to_tensor(pictures: Sequence[np.ndarray]) -> torch.Tensor:
@@ -55,6 +59,7 @@ def encode_all(
     batch_size: int,
     dtype: torch.dtype,
     to_disk: bool,
+    masked: bool = False,
     progress: Callable[[int, int], None],
 ) -> list[Latents]:
     """The latents of every picture, in order; encoded in batches of one size, decoded in parallel.
@@ -63,7 +68,7 @@ def encode_all(
     decoded at all.
     """
     found: list[Latents | None] = [None] * len(pictures)
-    store = DiskCache(model, dtype, flip) if to_disk else None
+    store = DiskCache(model, dtype, flip, masked) if to_disk else None
     if store:
         with ThreadPoolExecutor() as pool:
             found = list(pool.map(store.read, pictures, placements))
@@ -76,14 +81,15 @@ def encode_all(
         if latents is None:
             todo[placements[i].bucket].append(i)
     batches = [group[k : k + batch_size] for group in todo.values() for k in range(0, len(group), batch_size)]
-    for batch, images in _decoded_ahead(batches, pictures, placements):
+    for batch, images in _decoded_ahead(batches, pictures, placements, matted=not masked):
         plain = _encode(model, images, [_draw(pictures[i], "plain") for i in batch]).to("cpu", dtype)
         mirrored = None
         if flip:
             turned = [np.ascontiguousarray(image[:, ::-1]) for image in images]
             mirrored = _encode(model, turned, [_draw(pictures[i], "flipped") for i in batch]).to("cpu", dtype)
         for k, i in enumerate(batch):
-            found[i] = Latents(_own(plain[k]), _own(mirrored[k]) if mirrored is not None else None)
+            mask = torch.from_numpy(opacity(pictures[i].path, placements[i])) if masked else None
+            found[i] = Latents(_own(plain[k]), _own(mirrored[k]) if mirrored is not None else None, mask)
             if store:
                 store.write(pictures[i], placements[i], found[i])
         done += len(batch)
@@ -92,13 +98,15 @@ def encode_all(
 
 
 def _decoded_ahead(
-    batches: list[list[int]], pictures: Sequence[Picture], placements: Sequence[Placement]
+    batches: list[list[int]], pictures: Sequence[Picture], placements: Sequence[Placement], *, matted: bool
 ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
     """Each batch with its decoded images, while the next two are being read by other threads."""
     with ThreadPoolExecutor() as pool:
         waiting: list[Any] = []
         for batch in batches:
-            waiting.append((batch, [pool.submit(pixels, pictures[i].path, placements[i]) for i in batch]))
+            waiting.append(
+                (batch, [pool.submit(pixels, pictures[i].path, placements[i], matted=matted) for i in batch])
+            )
             if len(waiting) > 2:
                 ready, images = waiting.pop(0)
                 yield ready, [image.result() for image in images]
@@ -123,10 +131,11 @@ def _encode(model: Any, images: list[np.ndarray], generators: list[torch.Generat
 class DiskCache:
     """Latents in files beside the pictures. Read-only folders are used as they are, with a warning."""
 
-    def __init__(self, model: Any, dtype: torch.dtype, flip: bool) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, flip: bool, masked: bool = False) -> None:
         self.vae = fingerprint(model.vae)
         self.dtype = dtype
         self.flip = flip
+        self.masked = masked
         self._refused: set[Path] = set()
 
     def file(self, picture: Picture, placement: Placement) -> Path:
@@ -134,7 +143,8 @@ class DiskCache:
         return picture.path.parent / FOLDER / f"{picture.path.name}_{width}x{height}.safetensors"
 
     def made_from(self, placement: Placement) -> str:
-        return json.dumps({"vae": self.vae, "resized": placement.resized, "crop": placement.crop, "version": 1})
+        source = {"vae": self.vae, "resized": placement.resized, "crop": placement.crop, "version": 1}
+        return json.dumps(source | ({"alpha": "mask"} if self.masked else {}))
 
     def read(self, picture: Picture, placement: Placement) -> Latents | None:
         """The stored latents if they belong to this picture, VAE and crop; else None."""
@@ -151,12 +161,13 @@ class DiskCache:
                     return None
                 plain = entry.get_tensor("plain").to(self.dtype)
                 flipped = entry.get_tensor("flipped").to(self.dtype) if self.flip else None
+                mask = entry.get_tensor("mask") if self.masked else None
         except (OSError, SafetensorError):
             return None
         width, height = placement.bucket
         if plain.shape[1:] != (height // 8, width // 8) or not torch.isfinite(plain).all():
             return None
-        return Latents(plain, flipped)
+        return Latents(plain, flipped, mask)
 
     def write(self, picture: Picture, placement: Placement, latents: Latents | None) -> None:
         """Store one entry, whole or not at all."""
@@ -173,6 +184,8 @@ class DiskCache:
         tensors = {"plain": latents.plain}
         if latents.flipped is not None:
             tensors["flipped"] = latents.flipped
+        if latents.mask is not None:
+            tensors["mask"] = latents.mask
         try:
             file.parent.mkdir(exist_ok=True)
             write_whole(file, save(tensors, metadata))

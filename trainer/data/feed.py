@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -18,9 +19,12 @@ from trainer.data.batches import batches_per_epoch, epoch_batches
 from trainer.data.buckets import Placement
 from trainer.data.cache import Latents, to_tensor
 from trainer.data.folders import Picture
-from trainer.data.images import pixels
+from trainer.data.images import opacity, pixels, with_hue
 from trainer.randomness import generator_at
 from trainer.schema import Config
+
+HUE_LIMIT = 8 / 180
+"""The furthest that a hue is moved, as a share of the colour circle (sd-scripts' bound)."""
 
 
 @dataclass
@@ -31,7 +35,18 @@ class Batch:
     pixels: torch.Tensor | None
     captions: list[str]
     weights: torch.Tensor
+    masks: torch.Tensor | None
     names: list[str]
+
+
+@dataclass(frozen=True)
+class Read:
+    """How one image is read this time: where it is cut, how far its hues move, and whether it is mirrored."""
+
+    item: int
+    flip: bool
+    placement: Placement
+    hue: float
 
 
 class Feed(Dataset[Batch]):
@@ -65,41 +80,77 @@ class Feed(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         epoch, place = divmod(number, self.per_epoch)
         items = self._order(epoch)[place]
-        texts, flips = [], []
+        texts, reads = [], []
         for slot, item in enumerate(items):
             rng = generator_at(self.seed, "item", number, slot)
-            flips.append(self.config.data.flip and rng.random() < 0.5)
+            flip = self.config.data.flip and rng.random() < 0.5
             texts.append(captions.draw(self.pictures[item].caption, self.config.captions, rng, epoch + 1))
+            reads.append(Read(item, flip, *self._varied(self.placements[item], rng)))
         prior = self.config.training.prior_loss_weight
         return Batch(
-            latents=self._cached(items, flips) if self.latents is not None else None,
-            pixels=self._decoded(items, flips) if self.latents is None else None,
+            latents=self._cached(reads) if self.latents is not None else None,
+            pixels=self._decoded(reads) if self.latents is None else None,
             captions=texts,
+            masks=self._masks(reads) if self.config.objective.masked else None,
             weights=torch.tensor([prior if self.pictures[i].regularisation else 1.0 for i in items]),
             names=[self.pictures[i].path.name for i in items],
         )
 
-    def _cached(self, items: Indices, flips: list[bool]) -> torch.Tensor:
+    def _varied(self, placement: Placement, rng: random.Random) -> tuple[Placement, float]:
+        """Where this read cuts the image, and how far it moves the hues."""
+        data = self.config.data
+        if data.random_crop:
+            spare = (placement.resized[0] - placement.bucket[0], placement.resized[1] - placement.bucket[1])
+            placement = replace(placement, crop=(rng.randint(0, spare[0]), rng.randint(0, spare[1])))
+        return placement, rng.uniform(-HUE_LIMIT, HUE_LIMIT) if data.color else 0.0
+
+    def _cached(self, reads: Sequence[Read]) -> torch.Tensor:
         assert self.latents is not None
         chosen = []
-        for item, flip in zip(items, flips, strict=True):
-            entry = self.latents[item]
-            chosen.append(entry.flipped if flip and entry.flipped is not None else entry.plain)
+        for read in reads:
+            entry = self.latents[read.item]
+            chosen.append(entry.flipped if read.flip and entry.flipped is not None else entry.plain)
         return torch.stack(chosen).float()
 
-    def _decoded(self, items: Indices, flips: list[bool]) -> torch.Tensor:
-        images = [pixels(self.pictures[i].path, self.placements[i]) for i in items]
-        turned = [
-            np.ascontiguousarray(image[:, ::-1]) if flip else image for image, flip in zip(images, flips, strict=True)
+    def _decoded(self, reads: Sequence[Read]) -> torch.Tensor:
+        images = []
+        for read in reads:
+            matted = not self.config.objective.masked
+            image = pixels(self.pictures[read.item].path, read.placement, matted=matted)
+            if read.hue:
+                image = with_hue(image, read.hue)
+            images.append(np.ascontiguousarray(image[:, ::-1]) if read.flip else image)
+        return to_tensor(images)
+
+    def workers(self) -> int:
+        """How many processes read images: as many as are set, at most one for each of the machine's threads."""
+        return min(self.config.data.workers, os.cpu_count() or 1) if self.latents is None else 0
+
+    def _spans(self, numbers: range) -> list[range]:
+        """The stretches that one set of worker processes serves: all, or one epoch each."""
+        if self.config.data.persistent_workers or not numbers:
+            return [numbers]
+        borders = range(numbers[0] // self.per_epoch, numbers[-1] // self.per_epoch + 1)
+        return [
+            range(max(numbers.start, e * self.per_epoch), min(numbers.stop, (e + 1) * self.per_epoch)) for e in borders
         ]
-        return to_tensor(turned)
+
+    def _masks(self, reads: Sequence[Read]) -> torch.Tensor:
+        """How much each place of each image counts, [B,h,w]."""
+        masks = []
+        for read in reads:
+            cached = self.latents[read.item].mask if self.latents is not None else None
+            if cached is None:
+                cached = torch.from_numpy(opacity(self.pictures[read.item].path, read.placement))
+            masks.append(cached.flip(-1) if read.flip else cached)
+        return torch.stack(masks)
 
     def batches(self, numbers: range) -> Iterator[Batch]:
         """The batches with these numbers, made ahead: by worker processes, or one ahead by a thread."""
-        workers = min(self.config.data.workers, os.cpu_count() or 1)
-        if workers and self.latents is None:
-            loader = DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers)  # type: ignore[arg-type]
-            yield from loader
+        workers = self.workers()
+        if workers:
+            for span in self._spans(numbers):
+                yield from DataLoader(self, batch_size=None, sampler=span, num_workers=workers)  # type: ignore[arg-type]
             return
         with ThreadPoolExecutor(1) as pool:
             waiting = None

@@ -33,27 +33,63 @@ _TURNED = {
 }
 
 
-def pixels(path: Path, placement: Placement) -> np.ndarray:
+def pixels(path: Path, placement: Placement, *, matted: bool = True) -> np.ndarray:
     """The image, upright, scaled to `placement.resized` and cut to its bucket.
 
     Returns uint8 RGB [height, width, 3]. Transparent parts are laid on white (sd-scripts drops
     the alpha channel instead, which brings out whatever colour lies beneath, often black);
-    16-bit greys keep their range. Colour profiles are not applied. Raises DataError.
+    16-bit greys keep their range. Without `matted`, where transparency is a mask, the colours
+    beneath it stay. Colour profiles are not applied. Raises DataError.
     """
     width, height = placement.resized
-    left, top = placement.crop
     with _opened(path) as image:
         turn = _orientation(image)
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the time; twice the wanted
         # size remains for the resampling filter.
         image.draft(None, (2 * max(width, height), 2 * max(width, height)) if turn > 4 else (2 * width, 2 * height))
-        upright = _rgb(image)
+        upright = _rgb(image, matted)
+    return np.asarray(_placed(upright, turn, placement))
+
+
+def opacity(path: Path, placement: Placement) -> np.ndarray:
+    """How opaque the image is at each latent, placed as its pixels are: float32 [height/8, width/8] in 0…1.
+
+    Raises DataError.
+    """
+    width, height = placement.bucket
+    with _opened(path) as image:
+        if not image.has_transparency_data:
+            return np.ones((height // 8, width // 8), np.float32)
+        alpha = _placed(image.convert("RGBA").getchannel("A"), _orientation(image), placement)
+    cells = np.asarray(alpha, np.float32).reshape(height // 8, 8, width // 8, 8)
+    return cells.mean((1, 3)) / 255
+
+
+def has_transparency(path: Path) -> bool:
+    """Whether the image's header announces an alpha channel. Raises DataError."""
+    with _opened(path) as image:
+        return bool(image.has_transparency_data)
+
+
+def _placed(image: Image.Image, turn: int, placement: Placement) -> Image.Image:
+    """A decoded image made upright, scaled and cut to its bucket."""
+    left, top = placement.crop
     if turn in _TURNED:
-        upright = upright.transpose(_TURNED[turn])
-    if upright.size != placement.resized:
-        upright = upright.resize(placement.resized, Image.Resampling.LANCZOS, reducing_gap=3.0)
+        image = image.transpose(_TURNED[turn])
+    if image.size != placement.resized:
+        image = image.resize(placement.resized, Image.Resampling.LANCZOS, reducing_gap=3.0)
     right, bottom = left + placement.bucket[0], top + placement.bucket[1]
-    return np.asarray(upright.crop((left, top, right, bottom)))
+    return image.crop((left, top, right, bottom))
+
+
+def with_hue(image: np.ndarray, turn: float) -> np.ndarray:
+    """The image with all hues moved on by `turn` of the colour circle, uint8 RGB [height, width, 3].
+
+    Greys stay, as does the brightest channel of each pixel.
+    """
+    hsv = np.array(Image.fromarray(image).convert("HSV"))
+    hsv[..., 0] += np.uint8(round(turn * 256) % 256)  # uint8 wraps around, as the circle does
+    return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
 
 
 def size(path: Path, decode: bool = False) -> Size:
@@ -108,9 +144,11 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, matted: bool) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        if not matted:
+            return image.convert("RGB")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     if image.mode.startswith("I"):

@@ -8,11 +8,18 @@ and the begin and end marks.
 from __future__ import annotations
 
 import gzip
+import html
+import re
+import unicodedata
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.data.captions import weigh
+
 if TYPE_CHECKING:
+    import torch
     from transformers import CLIPTokenizer
 
 MERGES = Path(__file__).parent.parent / "assets" / "clip" / "bpe_simple_vocab_16e6.txt.gz"
@@ -50,15 +57,67 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={entry: i for i, entry in enumerate(entries)}, merges=pairs, model_max_length=77)
 
 
-def chunks(texts: list[str], max_tokens: int) -> list[list[list[int]]]:
-    """Token ids of each text as chunks of 77: begin mark, 75 tokens, end mark.
+@dataclass(frozen=True)
+class Tokens:
+    """Texts as ids [B, chunks, length], each chunk with its begin and end mark.
 
-    `max_tokens` is 75, 150 or 225; longer texts are cut, shorter ones filled with end marks.
-    Returns a list [texts][max_tokens / 75][77].
+    `weights`, of the same shape, say how much each counts; None: all the same.
     """
+
+    ids: torch.Tensor
+    weights: torch.Tensor | None = None
+
+
+# CLIP was trained on text that ftfy had put right. This is the part of it that captions meet:
+# ligatures and letters of full or half width, and curly quotes.
+_PLAIN = {
+    **{code: unicodedata.normalize("NFKC", chr(code)) for code in (0x3000, *range(0xFB00, 0xFB07))},
+    **{code: unicodedata.normalize("NFKC", chr(code)) for code in range(0xFF01, 0xFFF0)},
+    **dict.fromkeys((0x02BC, *range(0x2018, 0x201C)), "'"),
+    **dict.fromkeys(range(0x201C, 0x2020), '"'),
+}
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff\u206a-\u206f\ufff9-\ufffc]")
+
+
+def clean(text: str) -> str:
+    """The text as CLIP's own tokenizer reads it: plain quotes and letters, no HTML entities, NFC.
+
+    Left out is ftfy's guess at text that was decoded wrongly (cafÃ© for café).
+    """
+    if "<" not in text:
+        text = html.unescape(text)
+    return unicodedata.normalize("NFC", _CONTROLS.sub("", text.translate(_PLAIN)))
+
+
+def tokenize(texts: list[str], max_tokens: int, *, weighted: bool = False, padded: bool = True) -> Tokens:
+    """Token ids of each text in chunks of 77: begin mark, 75 tokens, end mark.
+
+    `max_tokens` is 75, 150 or 225; longer texts are cut, shorter ones filled with end marks: up to
+    `max_tokens`, or where not `padded` only up to the longest text, which makes a single chunk
+    shorter and several fewer. `weighted` texts have their brackets read.
+    """
+    import torch
+
     assert max_tokens % 75 == 0
-    result = []
-    for ids in tokenizer()(texts, add_special_tokens=False)["input_ids"] if texts else []:
-        filled = [*ids[:max_tokens], *[END] * (max_tokens - len(ids))]
-        result.append([[BEGIN, *filled[i : i + 75], END] for i in range(0, max_tokens, 75)])
-    return result
+    lines = [_weighted_ids(text) if weighted else _plain_ids(text) for text in texts]
+    longest = max((len(line) for line in lines), default=0)
+    length = max_tokens
+    if not padded:
+        length = min(max_tokens, longest if longest <= 75 else -(-longest // 75) * 75)
+    filled = [line[:length] + [(END, 1.0)] * (length - len(line)) for line in lines]
+    rows = [[_chunk(line[i : i + 75]) for i in range(0, max(1, length), 75)] for line in filled]
+    ids = torch.tensor([[[token for token, _ in chunk] for chunk in row] for row in rows], dtype=torch.int64)
+    weights = torch.tensor([[[weight for _, weight in chunk] for chunk in row] for row in rows])
+    return Tokens(ids, weights if weighted else None)
+
+
+def _chunk(line: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(BEGIN, 1.0), *line, (END, 1.0)]
+
+
+def _plain_ids(text: str) -> list[tuple[int, float]]:
+    return [(token, 1.0) for token in tokenizer()(clean(text), add_special_tokens=False)["input_ids"]]
+
+
+def _weighted_ids(text: str) -> list[tuple[int, float]]:
+    return [(token, weight) for run, weight in weigh(text) for token, _ in _plain_ids(run)]

@@ -27,6 +27,7 @@ from trainer.schema.optim import Optim
 from trainer.schema.overrides import with_additional
 from trainer.schema.rules import conflicts
 from trainer.schema.samples import Samples
+from trainer.schema.tracking import Tracking
 from trainer.schema.training import Training
 
 __all__ = ["PARAMETERS", "Config", "Parameter", "Section", "defaults", "parse", "shown"]
@@ -48,6 +49,7 @@ class Config(BaseModel):
     optim: Optim = Field(default_factory=Optim)
     objective: Objective = Field(default_factory=Objective)
     samples: Samples = Field(default_factory=Samples)
+    tracking: Tracking = Field(default_factory=Tracking)
 
 
 def _groups() -> dict[str, type[Group]]:

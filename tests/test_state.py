@@ -1,0 +1,287 @@
+"""Training states: what they hold, when they are written, and that training goes on from them exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.test_training import of_type
+from trainer import loop, state
+from trainer.errors import StateError
+from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Have the next trainings stop after a step (0: not at all)."""
+    step = loop.take_step
+    asked = {"step": 0}
+
+    def take_step(session, number, batches):
+        if number == asked["step"]:
+            session.run.request("stop")
+        return step(session, number, batches)
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+    return lambda number: asked.update(step=number)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+CASES = {
+    "AdamW": {"optimizer": "AdamW"},
+    "AdamW8bit": {"optimizer": "AdamW8bit", "optimizer_args": "min_8bit_size=16"},
+    "Adafactor": {"optimizer": "Adafactor", "lr_scheduler": "adafactor"},
+    "Prodigy": {"optimizer": "Prodigy", "learning_rate": 1, "unet_lr": 1, "text_encoder_lr": 1},
+    "AdamWScheduleFree": {"optimizer": "AdamWScheduleFree"},
+    "cosine with warmup": {"lr_scheduler": "cosine", "lr_warmup": 30},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "flip, shuffle and dropout": {
+        "flip_aug": True,
+        "shuffle_caption": True,
+        "caption_dropout_rate": 0.3,
+        "noise_offset": 0.05,
+        "network_dropout": 0.2,
+        "stop_text_encoder_training": 60,
+    },
+    "workers": {
+        "cache_latents": False,
+        "max_data_loader_n_workers": 2,
+        "color_aug": True,
+        "random_crop": True,
+        "flip_aug": True,
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_resumed_twice_is_the_one_that_never_stopped_bit_for_bit(settings, train, tmp_path, stop_at, case):
+    out = tmp_path / "out"
+    settings |= {"max_train_steps": 8, "save_every_n_epochs": 0, "save_state": True} | CASES[case]
+    assert train(settings)[0] == EXIT_DONE
+    shutil.move(out, tmp_path / "in one go")
+
+    stop_at(3)
+    assert train(settings)[0] == EXIT_STOPPED
+    stop_at(6)  # with 6 batches an epoch, also the end of one
+    code, events, _ = train(settings | {"resume": str(out / "photo-step00000003-state")})
+    assert code == EXIT_STOPPED
+    assert of_type(events, "started")[0]["first_step"] == 4
+    assert [e["step"] for e in of_type(events, "step")] == [4, 5, 6]
+    assert not any("other settings" in e["message"] for e in of_type(events, "warning"))
+    stop_at(0)
+    assert train(settings | {"resume": str(out / "photo-step00000006-state")})[0] == EXIT_DONE
+
+    for file in ("photo.safetensors", "photo-state/tensors.safetensors"):
+        whole, pieces = load_file(tmp_path / "in one go" / file), load_file(out / file)
+        assert whole.keys() == pieces.keys()
+        assert [name for name in whole if not torch.equal(whole[name], pieces[name])] == []
+    header, other = (json.loads((f / "photo-state" / "state.json").read_text()) for f in (tmp_path / "in one go", out))
+    assert header["parts"] == other["parts"]
+
+
+def test_a_state_stands_beside_every_saved_file_under_sd_scripts_names(settings, train, tmp_path):
+    settings |= {"epoch": 2, "save_every_n_steps": 5, "save_state": True}
+    _, events, _ = train(settings)
+    expected = ["photo", "photo-000001", "photo-step00000005", "photo-step00000010"]
+    found = names(tmp_path / "out")
+    assert found == sorted([f"{name}.safetensors" for name in expected] + [f"{name}-state" for name in expected])
+    states = [(e["step"], e["path"]) for e in of_type(events, "saved") if e["what"] == "state"]
+    assert [step for step, _ in states] == [5, 6, 10, 12]
+    assert all(state.read(tmp_path / "out" / path).step == step for step, path in states)
+
+
+def test_a_state_at_the_end_alone_is_written_when_asked_for(settings, train, tmp_path, stop_at):
+    settings |= {"save_state_on_train_end": True, "save_every_n_steps": 2}
+    train(settings)
+    assert [n for n in names(tmp_path / "out") if "state" in n] == ["photo-state"]
+    stop_at(3)
+    train(settings)
+    assert "photo-step00000003-state" in names(tmp_path / "out")
+
+
+def test_without_the_switch_no_state_is_written(settings, train, tmp_path, stop_at):
+    stop_at(3)
+    train(settings | {"save_every_n_steps": 2})
+    assert names(tmp_path / "out") == ["photo-step00000002.safetensors", "photo-step00000003.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_model, photographs):
+    """A state after two of six steps, and its preset. Read only."""
+    from accelerate.state import AcceleratorState
+
+    from trainer.__main__ import main
+
+    folder = tmp_path_factory.mktemp("saved")
+    preset = {
+        "pretrained_model_name_or_path": str(tiny_model),
+        "train_data_dir": str(photographs),
+        "output_dir": str(folder / "out"),
+        "output_name": "photo",
+        "caption_extension": ".txt",
+        "max_resolution": "64,64",
+        "bucket_reso_steps": 32,
+        "mixed_precision": "no",
+        "optimizer": "AdamW",
+        "learning_rate": 1e-2,
+        "unet_lr": "",
+        "text_encoder_lr": "",
+        "lr_scheduler": "constant",
+        "lr_warmup": 0,
+        "network_dim": 4,
+        "network_alpha": 4,
+        "seed": "",
+        "max_train_steps": 2,
+        "save_state": True,
+        "wandb_api_key": "never to be stored",
+    }
+    (folder / "preset.json").write_text(json.dumps(preset))
+    assert main(["train", str(folder / "preset.json"), "--run", str(folder / "run")]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder / "out" / "photo-state", preset | {"save_state": False, "max_train_steps": 3}
+
+
+@pytest.fixture
+def resume(saved, train, tmp_path):
+    """Resume a copy of the saved state, changed by `damage`, with some settings changed."""
+
+    def go(damage=lambda folder: None, **changes):
+        shutil.copytree(saved[0], tmp_path / "a state", dirs_exist_ok=True)
+        damage(tmp_path / "a state")
+        preset = saved[1] | {"output_dir": str(tmp_path / "out"), "resume": str(tmp_path / "a state")}
+        return train(preset | changes)
+
+    return go
+
+
+def test_a_random_seed_goes_on_with_the_state(saved, resume):
+    _, events, _ = resume()
+    assert of_type(events, "started")[0]["seed"] == state.read(saved[0]).seed
+
+
+def test_training_longer_than_planned_is_told_and_goes_on(resume):
+    code, events, _ = resume(max_train_steps=4)
+    assert code == EXIT_DONE
+    assert [e["step"] for e in of_type(events, "step")] == [3, 4]
+    (warning,) = of_type(events, "warning")
+    assert "Resuming at step 3 with other settings: Max train steps (max_train_steps) was 2, now 4." in str(warning)
+
+
+def test_another_learning_rate_applies_from_the_first_resumed_step_and_is_told(resume):
+    _, events, _ = resume(learning_rate=1e-3, train_batch_size=2, seed=99)
+    assert of_type(events, "step")[0]["unet_lr"] == pytest.approx(1e-3)
+    (warning,) = of_type(events, "warning")
+    for text in ("(learning_rate) was 0.01, now 0.001", "(train_batch_size)", "(seed) was", "6 batches, now 3"):
+        assert text in warning["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "Lion"}, "Optimizer (optimizer) was AdamW, now Lion"),
+        ({"optimizer_args": "weight_decay=0.5"}, "(optimizer_args)"),
+        ({"network_dim": 8}, "it holds [4, 32], this one has [8, 32]"),
+        ({"network_alpha": 2}, "is 4 there and 2 here"),
+        ({"text_encoder_lr": 0}, "this one has nothing"),
+        ({"max_train_steps": 2}, "is at step 2, and this training has 2 in all"),
+    ],
+)
+def test_a_state_that_cannot_be_gone_on_from_is_refused_naming_what_differs(resume, changes, message):
+    code, events, _ = resume(**changes)
+    assert code == EXIT_FAILED
+    failed = of_type(events, "failed")[-1]
+    assert failed["kind"] == "state"
+    assert message in failed["message"]
+    assert failed["hint"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def change_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "message"),
+    [
+        (lambda f: cut(f / "tensors.safetensors"), EXIT_CONFIG, "damaged"),
+        (lambda f: cut(f / "state.json"), EXIT_CONFIG, "damaged"),
+        (lambda f: (f / "tensors.safetensors").unlink(), EXIT_CONFIG, "damaged"),
+        (lambda f: (f / "state.json").write_text("[]"), EXIT_CONFIG, "damaged"),
+        (lambda f: (f / "state.json").write_text('{"format": "other", "version": 3}'), EXIT_CONFIG, "another program"),
+        (lambda f: (f / "state.json").unlink(), EXIT_CONFIG, "holds no state.json"),
+        (lambda f: (f / "state.json").rename(f / "optimizer.bin"), EXIT_CONFIG, "pickle"),
+        (lambda f: shutil.rmtree(f), EXIT_CONFIG, "no such folder"),
+        (lambda f: change_a_byte(f / "tensors.safetensors"), EXIT_FAILED, "not the one that was written"),
+    ],
+)
+def test_a_torn_or_foreign_state_is_recognised(resume, capsys, damage, code, message):
+    found, events, _ = resume(damage)
+    assert found == code
+    assert message in capsys.readouterr().err + str(of_type(events, "failed"))
+
+
+def test_a_state_holds_no_pickle_and_no_secret(saved):
+    folder, _ = saved
+    assert names(folder) == ["state.json", "tensors.safetensors"]
+    assert "never to be stored" not in (folder / "state.json").read_text()
+    assert state.read(folder).settings["optimizer"] == "AdamW"
+
+
+def test_a_state_of_the_same_name_is_replaced_and_any_other_folder_left_alone(settings, train, tmp_path):
+    mine = tmp_path / "out" / "photo-state"
+    mine.mkdir(parents=True)
+    (mine / "notes.txt").write_text("mine")
+    settings |= {"save_state": True, "max_train_steps": 1}
+    train(settings)
+    train(settings | {"max_train_steps": 2})
+    assert names(tmp_path / "out") == ["photo-state", "photo-state-2", "photo.safetensors"]
+    assert names(mine) == ["notes.txt"]
+    assert state.read(tmp_path / "out" / "photo-state-2").step == 2
+
+
+def test_a_state_whose_writing_fails_leaves_nothing_behind(settings, train, tmp_path, monkeypatch):
+    import errno
+
+    import safetensors.torch
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    code, events, _ = train(settings | {"save_state": True, "max_train_steps": 1})
+    assert code == EXIT_FAILED
+    assert of_type(events, "failed")[-1]["kind"] == "disk_full"
+    assert names(tmp_path / "out") == []
+
+
+def test_every_kind_of_value_survives_packing():
+    tree = {
+        "state": {0: {"step": torch.tensor(3.0), "mean": torch.arange(6).reshape(2, 3).T}, 1: {}},
+        "groups": [{"betas": (0.9, 0.999), "lr": 1e-4, "name": "unet", "params": [0, 1], "none": None, "on": True}],
+        "bytes": torch.tensor([1, 255], dtype=torch.uint8),
+        "infinite": [float("inf"), float("-inf")],
+    }
+    tensors = {}
+    packed = json.loads(json.dumps(state._packed(tree, tensors), allow_nan=False))
+    found = state._unpacked(packed, tensors)
+    torch.testing.assert_close(found, tree, rtol=0, atol=0)
+    assert found["groups"] == tree["groups"]
+    assert isinstance(found["groups"][0]["betas"], tuple)
+
+
+def test_reading_what_is_no_state_says_so(tmp_path):
+    with pytest.raises(StateError, match="no such folder"):
+        state.read(tmp_path / "nothing")
+    assert not state.is_state(tmp_path)
