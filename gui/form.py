@@ -87,6 +87,7 @@ def table() -> list[dict[str, Any]]:
             "default": shown(p, p.default),
             "help": p.help,
             "allowed": p.allowed,
+            "blank": p.blank,
             "when": {other: list(values) for other, values in p.when.items()},
         }
         for p in PARAMETERS.values()
@@ -132,6 +133,8 @@ def _widget(parameter: Parameter) -> gr.components.Component:
         # A value that is not among the choices must stay visible, so that a check can name it.
         choices = [CUSTOM] if parameter.key == QUICK_PICK else list(parameter.choices)
         return gr.Dropdown(choices, value=str(value), allow_custom_value=True, **common)
+    if parameter.kind == "secret":
+        return gr.Textbox(value="", type="password", placeholder=_hint(parameter), **common)
     lines = 5 if parameter.kind == "lines" else 1
     return gr.Textbox(
         value=str(value), lines=lines, max_lines=4 * lines if lines > 1 else 1, placeholder=_hint(parameter), **common

@@ -110,6 +110,9 @@ class Runs:
                 raise BusyError(f"{active.folder.name} is still going on. Stop it first, or wait for its end.")
             run = new_run(self.folder, str(values.get("output_name") or "lora"))
             kohya.save(run.config, values, kept)
+            # The key is in no file: the trainer finds it where the wandb package looks for it.
+            key = str(values.get("wandb_api_key") or "")
+            secrets = {"WANDB_API_KEY": key} if key else {}
             with run.log.open("ab") as log:
                 process = subprocess.Popen(  # noqa: S603
                     [*self.trainer, "train", str(run.config), "--run", str(run.folder)],
@@ -118,7 +121,7 @@ class Runs:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+                    env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **secrets},
                 )
             _write_pid(run, process.pid)
         threading.Thread(

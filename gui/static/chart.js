@@ -54,7 +54,7 @@ class Chart {
       this.readout.textContent = "";
       return;
     }
-    const box = { left: 46, right: width - 8, top: 8, bottom: height - 20 };
+    const box = { left: 46, right: width - 8, top: 8, bottom: height - 24 };
     const first = steps[0], span = Math.max(1, steps[steps.length - 1] - first);
     const x = (step) => box.left + ((step - first) / span) * (box.right - box.left);
     const sorted = loss.filter((v) => v > 0).sort((a, b) => a - b);
@@ -76,7 +76,7 @@ class Chart {
     pen.textAlign = "center";
     for (const value of stepTicks(first, first + span, Math.max(2, Math.floor(width / 90)))) {
       const at = Math.min(Math.max(x(value), box.left + 8), box.right - 12);
-      pen.fillText(String(value), at, height - 6);
+      pen.fillText(String(value), at, height - 4);
     }
 
     pen.save();
@@ -93,7 +93,7 @@ class Chart {
     for (const step of this.samples) {
       if (step < first) continue;
       const at = x(step);
-      pen.beginPath(); pen.moveTo(at - 4, box.bottom + 6); pen.lineTo(at + 4, box.bottom + 6); pen.lineTo(at, box.bottom); pen.fill();
+      pen.beginPath(); pen.moveTo(at - 4, box.bottom + 7); pen.lineTo(at + 4, box.bottom + 7); pen.lineTo(at, box.bottom + 1); pen.fill();
     }
     this.point(pen, x, y, box, colour);
   }
@@ -110,7 +110,7 @@ class Chart {
       pen.fillStyle = colour("--lw-accent");
       pen.beginPath(); pen.arc(x(steps[i]), y(smooth[i]), 3.5, 0, 7); pen.fill();
     }
-    const rate = (value) => (value === null || value === undefined ? null : String(Number(value.toPrecision(3))));
+    const rate = (value) => (value === null || value === undefined ? null : value > 0 && value < 0.001 ? value.toExponential(2).replace(/\.?0+e/, "e") : String(Number(value.toPrecision(3))));
     const [unet, text] = rates[i].map(rate);
     this.readout.textContent = [`step ${steps[i]}`, `loss ${smooth[i].toPrecision(3)} (this step ${loss[i].toPrecision(3)})`,
       unet && `U-Net rate ${unet}`, text && `text encoder rate ${text}`].filter(Boolean).join(" · ");

@@ -104,14 +104,16 @@ class Form {
     return Object.entries(p.when).every(([other, values]) => values.includes(this.entries[other]));
   }
 
+  // The parameters whose entry means something else than their default: 1e-4 is 0.0001, and a number
+  // left blank is the default, unless blank has a meaning of its own.
   changed() {
     return this.table.filter((p) => {
       const entry = this.entries[p.key];
-      if (typeof entry !== "string") return entry !== p.default;
-      const text = entry.trim(), usual = String(p.default).trim();
+      if (p.kind === "switch") return entry !== p.default;
+      const text = entry.trim(), usual = p.default.trim();
       if (text === usual) return false;
       if (p.kind !== "integer" && p.kind !== "number") return true;
-      return text !== "" && usual !== "" ? Number(text) !== Number(usual) : usual === "" ;
+      return text === "" ? p.blank !== null : usual === "" || Number(text) !== Number(usual);
     });
   }
 

@@ -14,6 +14,7 @@ class Live {
     this.forget("");
     for (const word of ["sample", "save", "stop"]) byId(`lw-${word}-now`).addEventListener("click", () => this.told(this.request(word)));
     byId("lw-kill").addEventListener("click", () => this.told(this.kill()));
+    byId("lw-jump").addEventListener("click", () => byId("live").scrollIntoView({ behavior: "smooth" }));
     byId("lw-latest").addEventListener("click", () => this.watch(""));
     byId("lw-log-file").addEventListener("click", (event) => { event.preventDefault(); this.told(this.download("log.txt")); });
     document.addEventListener("visibilitychange", () => { if (!document.hidden) this.soon(0); });
@@ -105,7 +106,7 @@ class Live {
     const { answer, state, step, phase } = this;
     const now = answer.now, total = step?.total || this.started?.total_steps || 0;
     const working = phase && phase.name !== "training" && (!step || phase.time >= step.time) ? phase : null;
-    const doing = working ? working.name + (working.total ? ` ${working.done}/${working.total}` : "") : "";
+    const doing = working ? working.name + (working.total ? ` ${working.done}/${working.total}` : "") : phase && !step ? "first step" : "";
     byId("lw-run").textContent = this.run;
     byId("lw-run").title = this.run;
     byId("lw-latest").hidden = !this.pinned;
@@ -139,6 +140,7 @@ class Live {
       sentence = `No sign of life for ${duration(quiet)}${doing ? `, in: ${doing}` : step ? `, after step ${step.step}` : ""}. Large models can take that long; the log may tell.`;
     }
     this.pill(look, short);
+    this.announce(look === "quiet" ? "no sign of life" : state);
     this.say(sentence);
     this.progress(working && state === "starting" ? working.done : step?.step || 0, working && state === "starting" ? working.total : total, alive);
     this.crash(state === "crashed" ? answer.cause : null);
@@ -157,7 +159,15 @@ class Live {
   pill(look, text) {
     const pill = byId("lw-pill");
     pill.dataset.state = look;
-    if (pill.textContent !== text) pill.textContent = text;
+    if (pill.textContent === text) return;
+    pill.textContent = text;
+    byId("lw-jump").dataset.state = look;
+    byId("lw-jump").textContent = text.split(" · ")[0];
+  }
+
+  // Said aloud by screen readers, so only when the state changes, not at every step.
+  announce(text) {
+    if (byId("lw-announce").textContent !== text) byId("lw-announce").textContent = text;
   }
 
   say(text) {

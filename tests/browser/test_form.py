@@ -94,12 +94,14 @@ def test_pasted_and_deleted_text_counts_as_a_change(server, visit):
     page.wait_for_selector("#lw-changed >> text=all default")
 
 
-def test_a_number_written_otherwise_is_no_change(server, visit):
+def test_a_number_that_means_the_default_is_no_change(server, visit):
     page = visit(server)
     open_tab(page, "Parameters")
     set_text(page, "learning_rate", "1e-4")
+    set_text(page, "epoch", "")
     set_text(page, "seed", "3")
-    page.wait_for_selector("#lw-changed >> text=1 changed")
+    set_text(page, "unet_lr", "")  # blank means: as the learning rate
+    page.wait_for_selector("#lw-changed >> text=2 changed")
 
 
 def test_controls_come_and_go_with_what_they_depend_on(server, visit):
