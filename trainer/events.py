@@ -50,7 +50,8 @@ class Phase(Event):
 
 @dataclass(frozen=True)
 class Step(Event):
-    """One optimizer step. `loss` is its mean; rates are those that the step used."""
+    """One optimizer step. `loss` is its mean; rates are those that the step used, also
+    where the optimizer finds them itself."""
 
     type: ClassVar[str] = "step"
     step: int

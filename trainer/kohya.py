@@ -40,23 +40,15 @@ DESCRIPTION = "description"
 # Known to kohya_ss and not supported (yet); beside each the values at which it changes nothing.
 PENDING: dict[str, tuple[Any, ...]] = {
     "constrain": (),
-    "decompose_both": (),
-    "dora_wd": (),
-    "factor": (-1,),
     "fp8_base": (),
     "log_tracker_config": (),
     "lr_scheduler_type": (),
-    "LyCORIS_preset": ("full",),
-    "rank_dropout_scale": (),
     "rescaled": (),
     "sdxl_cache_text_encoder_outputs": (),
     "sdxl_no_half_vae": (True,),
     "train_norm": (),
     "train_on_input": (True,),
     "unit": (1,),
-    "use_cp": (),
-    "use_scalar": (),
-    "use_tucker": (),
 }
 _OFF: tuple[Any, ...] = (False, 0, "", None, "0", "0.0", "False")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
 import torch
 
 from trainer import sampling
@@ -12,6 +11,7 @@ from trainer.events import Phase, Sample, Warned
 from trainer.prepare import Session
 from trainer.prompts import Prompt
 from trainer.randomness import seed_for
+from trainer.trackers import Shown
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def draw_samples(s: Session, step: int) -> None:
     pictures at different steps can be compared.
     """
     s.model.vae.to(s.accelerator.device)
-    images = {}
+    shown = []
     for index, prompt in enumerate(s.prompts):
         s.emit(Phase("drawing samples", index, len(s.prompts)))
         seed = prompt.seed if prompt.seed is not None else seed_for(s.seed, "sample", index) % 2**32
@@ -39,11 +39,9 @@ def draw_samples(s: Session, step: int) -> None:
             continue
         path = s.run.samples / f"{step:08d}_{index:02d}.png"
         sampling.save_png(image, path, _parameters(prompt, s.config.samples.sampler, size, seed))
-        images[f"prompt {index + 1}"] = image
+        shown.append(Shown(index, prompt.prompt, image))
         s.emit(Sample(path.relative_to(s.run.folder).as_posix(), prompt.prompt, index, seed, step))
-    for name, image in images.items():
-        for tracker in s.accelerator.trackers:
-            tracker.log_images({name: np.asarray(image)[None]}, step, dataformats="NHWC")
+    s.trackers.show(shown, step)
     if s.config.data.cache_latents and s.accelerator.device.type == "cuda":
         s.model.vae.to("cpu")
         torch.cuda.empty_cache()

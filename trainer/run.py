@@ -6,6 +6,7 @@
     events.jsonl    the stream of trainer.events
     control         requests, one word a line, appended by anyone
     samples/        pictures
+    logs/           curves, unless the preset names another folder
     output/         the LoRA files, unless the preset names another folder
     exit            how the process ended, as JSON, written by the page that started it
     killed          empty; there when the page ended the trainer by force
@@ -62,6 +63,10 @@ class Run:
     @property
     def samples(self) -> Path:
         return self.folder / "samples"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
 
     @property
     def output(self) -> Path:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
-Kind = Literal["text", "lines", "file", "folder", "model", "integer", "number", "switch", "choice"]
+Kind = Literal["text", "lines", "secret", "file", "folder", "model", "integer", "number", "switch", "choice"]
 
 
 class Section(Enum):
@@ -72,7 +72,7 @@ class Parameter:
     def allowed(self) -> str:
         """What may be entered, in words."""
         if self.kind == "choice":
-            return "one of " + ", ".join(self.choices)
+            return "one of " + ", ".join(choice or "empty" for choice in self.choices)
         if self.kind == "switch":
             return "on or off"
         if self.kind in ("integer", "number"):
