@@ -1,6 +1,7 @@
 // The form: reading and filling Gradio's widgets, what is hidden, what differs, what is wrong, help.
 
-const STYLE_QUOTES = (text) => JSON.stringify(String(text)).replaceAll("\\n", " ");
+// A text as a string of the style sheet.
+const quoted = (text) => JSON.stringify(text.replace(/\s+/g, " "));
 
 class Form {
   constructor(table, ask_server) {
@@ -122,7 +123,7 @@ class Form {
     const away = this.table.filter((p) => !this.applies(p) && !this.forced.has(p.key)).map(id);
     const differs = this.changed().map(id);
     const wrong = [...this.errors].map(([key, message]) =>
-      `#field-${key}{--lw-edge:var(--lw-red)}#field-${key}::after{content:${STYLE_QUOTES(message)}}`);
+      `#field-${key}{--lw-edge:var(--lw-red)}#field-${key}::after{content:${quoted(message)}}`);
     this.style.textContent = [
       away.length ? `${away.join(",")}{display:none!important}` : "",
       differs.length ? `${differs.join(",")}{--lw-dot:var(--lw-accent)}` : "",
