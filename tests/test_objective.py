@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests import reference
 from trainer import objective
 from trainer.models import Schedule
 from trainer.schema.objective import Objective
@@ -111,7 +112,80 @@ def test_prior_weights_multiply_each_images_own_loss(schedule):
 
 def test_timesteps_cover_the_whole_schedule(schedule):
     torch.manual_seed(0)
-    drawn = objective.draw_timesteps(20000, schedule)
+    drawn = objective.draw_timesteps(20000, schedule, Objective())
     assert int(drawn.min()) == 0
     assert int(drawn.max()) == 999
     assert float(drawn.float().mean()) == pytest.approx(499.5, abs=3 * 1000 / math.sqrt(12 * 20000))
+
+
+@pytest.mark.proves("min_timestep", "max_timestep")
+@pytest.mark.parametrize(
+    ("low", "high", "least", "most"),
+    [(200, 600, 200, 599), (500, 500, 500, 500), (0, 0, 0, 999), (990, 1000, 990, 999)],
+)
+def test_timesteps_stay_within_their_bounds(schedule, low, high, least, most):
+    torch.manual_seed(0)
+    drawn = objective.draw_timesteps(20000, schedule, Objective(min_timestep=low, max_timestep=high))
+    assert (int(drawn.min()), int(drawn.max())) == (least, most)
+    assert drawn.dtype == torch.int64
+
+
+@pytest.mark.proves("ip_noise_gamma", "ip_noise_gamma_random_strength")
+def test_the_input_gets_more_noise_than_the_target(schedule):
+    noise = torch.randn(2, 4, 8, 8)
+    assert torch.equal(objective.perturbed(noise, Objective(ip_noise_gamma_random=True)), noise)
+    torch.manual_seed(3)
+    more = torch.randn_like(noise)
+    torch.manual_seed(3)
+    torch.testing.assert_close(objective.perturbed(noise, Objective(ip_noise_gamma=0.1)), noise + 0.1 * more)
+    torch.manual_seed(3)
+    strength = 0.1 * torch.rand(1)
+    more = torch.randn_like(noise)
+    torch.manual_seed(3)
+    found = objective.perturbed(noise, Objective(ip_noise_gamma=0.1, ip_noise_gamma_random=True))
+    torch.testing.assert_close(found, noise + strength * more)
+
+
+@pytest.mark.proves("masked_loss")
+def test_a_mask_weighs_places_and_leaves_the_mean_over_all(schedule):
+    prediction, wanted, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([5, 900])
+    masks = torch.rand(2, 8, 8)
+    found = objective.loss_per_image(prediction, wanted, t, torch.ones(2), schedule, Objective(), masks)
+    expected = ((prediction - wanted).square() * masks[:, None]).mean((1, 2, 3))
+    torch.testing.assert_close(found, expected)
+    settings = Objective(loss_type="huber", min_snr_gamma=5)
+    whole = objective.loss_per_image(prediction, wanted, t, torch.ones(2), schedule, settings, torch.ones(2, 8, 8))
+    torch.testing.assert_close(
+        whole, objective.loss_per_image(prediction, wanted, t, torch.ones(2), schedule, settings)
+    )
+
+
+@pytest.mark.proves("loss_type", "huber_schedule", "huber_c", "huber_scale")
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+def test_a_large_difference_weighs_less_than_its_square(schedule, kind):
+    wanted, t = torch.zeros(1, 4, 8, 8), torch.tensor([500])
+
+    def loss(size: float, **settings: object) -> float:
+        chosen = Objective(loss_type=kind, huber_schedule="constant", **settings)
+        return float(objective.loss_per_image(wanted + size, wanted, t, torch.ones(1), schedule, chosen)[0])
+
+    assert loss(10) / loss(5) == pytest.approx(2, rel=0.05)  # straight far out
+    assert loss(1e-2) / loss(5e-3) == pytest.approx(4, rel=0.05)  # square near 0
+    assert loss(1, huber_c=0.5) == pytest.approx(loss(1, huber_c=0.25, huber_scale=2))
+    assert loss(1, huber_c=0.5) != pytest.approx(loss(1, huber_c=0.25))
+
+
+HUBER_C = {
+    (name.split(",")[0], float(name.split("c=")[1].split(",")[0]), float(name.split("scale=")[1])): values
+    for name, values in reference.read("schedule")["huber_c"].items()
+}
+
+
+@pytest.mark.proves("huber_schedule", "huber_c", "huber_scale")
+@pytest.mark.parametrize("case", HUBER_C)
+def test_the_huber_threshold_is_that_of_sd_scripts_at_every_timestep(case):
+    kind, c, scale = case
+    settings = Objective(loss_type="huber", huber_schedule=kind, huber_c=c, huber_scale=scale)
+    t = torch.tensor(reference.read("schedule")["timesteps"])
+    found = objective.huber_threshold(t, Schedule.of({**BETAS, "prediction_type": "epsilon"}), settings)
+    assert found.tolist() == pytest.approx(HUBER_C[case], rel=1e-5)

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from tests import reference
-from trainer import networks, objective, optim
+from trainer import networks, objective
 from trainer.models import Schedule, sd
 from trainer.schema.network import Network as Settings
 from trainer.schema.objective import Objective
-from trainer.schema.optim import Optim
 
 LOSS = reference.read("sd15_loss")
 SCHEDULE = reference.read("schedule")
@@ -82,6 +81,15 @@ def test_states_of_long_captions_are_those_of_sd_scripts(model, network, monkeyp
     reference.assert_tensor(model.text_states(model.tokens(expected["captions"])), expected, 1e-4)
 
 
+@pytest.mark.parametrize("length", [75, 225])
+def test_states_of_weighted_captions_are_those_of_sd_scripts(model, network, length, monkeypatch):
+    name = "weighted_captions,lora=on" if length == 75 else "weighted_captions,max_token_length=225,lora=on"
+    expected = LOSS["text_encoder"][name]
+    monkeypatch.setattr(model, "max_tokens", length)
+    states = model.text_states(model.tokens(expected["captions"], weighted=True))
+    reference.assert_tensor(states, expected, 1e-4)
+
+
 def test_the_prediction_is_that_of_sd_scripts(model, prediction):
     reference.assert_tensor(prediction, LOSS["prediction"]["clip_skip=unset,lora=on"], 1e-4)
     reference.assert_tensor(noisy(model)[0], LOSS["prediction"]["noisy_latents"], 1e-5)
@@ -95,7 +103,37 @@ def test_the_prediction_is_that_of_sd_scripts(model, prediction):
         ("min_snr_gamma=1", {"min_snr_gamma": 1}, "epsilon"),
         ("v_parameterization", {}, "v_prediction"),
         ("v_parameterization,min_snr_gamma=5", {"min_snr_gamma": 5}, "v_prediction"),
+        ("v_parameterization,scale_v_pred_loss_like_noise_pred", {"scale_v_loss": True}, "v_prediction"),
+        ("v_pred_like_loss=0.5", {"v_like_loss": 0.5}, "epsilon"),
+        ("debiased_estimation_loss", {"debiased": True}, "epsilon"),
+        ("v_parameterization,debiased_estimation_loss", {"debiased": True}, "v_prediction"),
+        ("l1", {"loss_type": "l1"}, "epsilon"),
+        (
+            "huber,snr,c=0.1,scale=1,min_snr_gamma=5",
+            {"loss_type": "huber", "huber_schedule": "snr", "min_snr_gamma": 5},
+            "epsilon",
+        ),
+        *[
+            (
+                f"{kind},{schedule},c={c:g},scale={scale}",
+                {"loss_type": kind, "huber_schedule": schedule, "huber_c": c, "huber_scale": scale},
+                "epsilon",
+            )
+            for kind in ("huber", "smooth_l1")
+            for schedule in ("snr", "exponential", "constant")
+            for c, scale in ((0.1, 1), (0.05, 2))
+        ],
     ],
+)
+@pytest.mark.proves(
+    "loss_type",
+    "huber_schedule",
+    "huber_c",
+    "huber_scale",
+    "min_snr_gamma",
+    "scale_v_pred_loss_like_noise_pred",
+    "v_pred_like_loss",
+    "debiased_estimation_loss",
 )
 def test_the_loss_is_that_of_sd_scripts(prediction, case, settings, predicts):
     schedule = Schedule.of({**CONFIGS["scheduler"], "prediction_type": predicts})
@@ -122,7 +160,9 @@ def test_the_gradients_are_those_of_sd_scripts(model, network, prediction):
 
 
 NOISE = {
+    "{}": {},
     '{"noise_offset": 0.1}': {"noise_offset": 0.1},
+    '{"noise_offset": 0.1, "noise_offset_random_strength": true}': {"noise_offset": 0.1, "noise_offset_random": True},
     '{"noise_offset": 0.05, "adaptive_noise_scale": 0.2}': {"noise_offset": 0.05, "adaptive_noise_scale": 0.2},
     '{"noise_offset": 0.05, "adaptive_noise_scale": -0.2}': {"noise_offset": 0.05, "adaptive_noise_scale": -0.2},
     '{"multires_noise_iterations": 6}': {"noise_type": "Multires", "multires_iterations": 6},
@@ -131,9 +171,27 @@ NOISE = {
         "multires_iterations": 10,
         "multires_discount": 0.8,
     },
+    '{"ip_noise_gamma": 0.1}': {"ip_noise_gamma": 0.1},
+    '{"ip_noise_gamma": 0.1, "ip_noise_gamma_random_strength": true}': {
+        "ip_noise_gamma": 0.1,
+        "ip_noise_gamma_random": True,
+    },
+    '{"min_timestep": 200, "max_timestep": 600}': {"min_timestep": 200, "max_timestep": 600},
+    '{"min_timestep": 500, "max_timestep": 500}': {"min_timestep": 500, "max_timestep": 500},
 }
 
 
+@pytest.mark.proves(
+    "noise_offset",
+    "noise_offset_random_strength",
+    "adaptive_noise_scale",
+    "multires_noise_iterations",
+    "multires_noise_discount",
+    "ip_noise_gamma",
+    "ip_noise_gamma_random_strength",
+    "min_timestep",
+    "max_timestep",
+)
 @pytest.mark.parametrize("case", NOISE)
 def test_noise_is_that_of_sd_scripts_for_the_same_draws(case, monkeypatch):
     """Every random draw is replaced by a formula's value, named by its place in the order."""
@@ -144,9 +202,21 @@ def test_noise_is_that_of_sd_scripts_for_the_same_draws(case, monkeypatch):
         count += 1
         return f"draw{count - 1}"
 
+    def fraction(shape: tuple[int, ...]) -> torch.Tensor:
+        return (reference.uniform(name(), tuple(shape)) + 1) / 2
+
     monkeypatch.setattr(torch, "randn_like", lambda x, **_: reference.normal(name(), x.shape))
     monkeypatch.setattr(torch, "randn", lambda shape, **_: reference.normal(name(), tuple(shape)))
-    monkeypatch.setattr(torch, "rand", lambda shape, **_: (reference.uniform(name(), tuple(shape)) + 1) / 2)
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: fraction(shape))
+    monkeypatch.setattr(
+        torch, "randint", lambda low, high, shape, **_: (fraction(shape) * (high - low) + low).to(torch.int64)
+    )
+    expected, settings = SCHEDULE["noise"]["cases"][case], Objective(**NOISE[case])
+    schedule = Schedule.of(CONFIGS["scheduler"])
     latents = reference.normal("latents", (2, 4, 16, 24)) + torch.tensor([0.5, -1, 0.2, 0]).view(1, 4, 1, 1)
-    noise = objective.noise_like(latents, Objective(**NOISE[case]))
-    reference.assert_tensor(noise, SCHEDULE["noise"]["cases"][case]["noise"], 1e-4)
+    noise = objective.noise_like(latents, settings)
+    reference.assert_tensor(noise, expected["noise"], 1e-4)
+    timesteps = objective.draw_timesteps(2, schedule, settings)
+    assert timesteps.tolist() == expected["timesteps"]
+    noisy = schedule.add_noise(latents, objective.perturbed(noise, settings), timesteps)
+    reference.assert_tensor(noisy, expected["noisy_latents"], 1e-4)
