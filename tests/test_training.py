@@ -290,6 +290,38 @@ def test_latents_from_disk_train_as_those_in_memory(settings, train, tmp_path, p
     assert len(list((own / "2_photo" / ".latents").iterdir())) == 3
 
 
+def test_weighted_captions_and_no_token_padding_change_the_states_that_the_unet_sees(settings, tmp_path):
+    from trainer import loop
+
+    def states(**changes):
+        session = prepared(settings | changes, tmp_path)
+        seen = []
+        predict = session.model.predict
+        session.model.predict = lambda x, t, s: (seen.append(s), predict(x, t, s))[1]
+        batch = session.feed[0]
+        batch.captions[:] = ["a (cat:1.5)"]
+        loop.batch_loss(session, batch)
+        return seen[0].detach()
+
+    with_brackets_as_text, weighted = states(), states(weighted_captions=True)
+    assert with_brackets_as_text.shape == weighted.shape == (1, 77, 32)
+    torch.testing.assert_close(weighted[:, :2], with_brackets_as_text[:, :2])  # begin mark, a
+    plain = prepared(settings, tmp_path).model
+    expected = plain.text_states(plain.tokens(["a cat"]))
+    torch.testing.assert_close(weighted[:, 2], 1.5 * expected[:, 2])
+    torch.testing.assert_close(weighted[:, 3:], expected[:, 3:])
+    short = states(weighted_captions=True, no_token_padding=True)
+    assert short.shape == (1, 4, 32)  # begin mark, a, cat, end mark
+    torch.testing.assert_close(short, weighted[:, :4])
+
+
+def test_captions_of_different_lengths_train_without_padding(settings, train):
+    settings |= {"no_token_padding": True, "train_batch_size": 3, "enable_bucket": False}
+    code, events, _ = train(settings | {"max_train_steps": 2})
+    assert code == EXIT_DONE
+    assert len(of_type(events, "step")) == 2
+
+
 def test_uncached_images_train_and_worker_processes_change_nothing(settings, train, tmp_path):
     settings |= {"cache_latents": False, "flip_aug": True, "shuffle_caption": True}
     train(settings | {"max_data_loader_n_workers": 0})
@@ -343,3 +375,60 @@ def test_every_event_begins_with_its_type_and_time(settings, train):
         record = json.loads(line)
         assert list(record)[:2] == ["type", "time"]
         assert began - 1 < record["time"] < time.time() + 1
+
+
+@pytest.mark.parametrize(("limit", "norm"), [(1e-3, 1e-3), (0, None)])
+@pytest.mark.proves("max_grad_norm")
+def test_gradients_are_shortened_to_the_limit_and_zero_is_off(settings, tmp_path, limit, norm):
+    from trainer import loop
+
+    session = prepared(settings | {"max_grad_norm": limit}, tmp_path)
+    found = []
+    session.network.attach()
+    session.scheduler.step = lambda: None
+    session.optimizer.step = lambda: found.extend(p.grad.norm() for p in session.network.parameters())
+    loop.take_step(session, 1, session.feed.batches(range(1)))
+    total = float(torch.stack(found).norm())
+    if norm is None:
+        assert total > 0.01
+    else:
+        assert total == pytest.approx(norm, rel=1e-2)
+
+
+@pytest.mark.proves("num_cpu_threads_per_process")
+def test_the_trainer_computes_with_the_asked_number_of_threads(settings, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            prepared(settings | {"num_cpu_threads_per_process": count}, tmp_path)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.proves("save_model_as")
+def test_ckpt_in_a_preset_is_answered_with_safetensors_and_why(settings, train, tmp_path):
+    _, events, _ = train(settings | {"save_model_as": "ckpt", "max_train_steps": 1})
+    assert [p.suffix for p in (tmp_path / "out").iterdir()] == [".safetensors"]
+    assert any("save_model_as" in e["message"] and "hide programs" in e["message"] for e in of_type(events, "warning"))
+
+
+@pytest.mark.proves("gradient_checkpointing")
+def test_gradient_checkpointing_keeps_less_for_the_backward_pass(settings, tmp_path):
+    from trainer import loop
+
+    def kept_bytes(checkpointing):
+        session = prepared(settings | {"gradient_checkpointing": checkpointing}, tmp_path)
+        session.network.attach()
+        kept = 0
+
+        def count(tensor):
+            nonlocal kept
+            kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loop.batch_loss(session, session.feed[0])
+        return kept
+
+    assert kept_bytes(True) < kept_bytes(False) / 2
