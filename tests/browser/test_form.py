@@ -8,7 +8,6 @@ OLD = {
     "learning_rate": "fast",
     "network_dim": "16",
     "xformers": True,
-    "dora_wd": True,
     "nonsense": [1],
     "description": "From the wild.",
 }
@@ -34,7 +33,7 @@ def test_a_preset_fills_every_tab_and_tells_what_became_of_its_keys(server, visi
     load(page, "old")
     banner = page.inner_text("#lw-banner")
     assert "From the wild." in banner
-    for words in ("converted", "not supported", "unknown", "nonsense", "dora_wd", "Learning rate"):
+    for words in ("converted", "unknown", "nonsense", "Learning rate"):
         assert words in banner
     assert shown(page, "sample_prompts") == "a\nb"
     assert shown(page, "sample_sampler") == "euler_a", "what the preset does not name goes back to its default"

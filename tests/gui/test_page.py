@@ -9,6 +9,7 @@ from gui import page
 from gui.files import Roots
 from gui.presets import Presets
 from gui.runs import Runs
+from trainer import kohya
 from trainer.schema import PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,14 +74,15 @@ def test_a_draft_that_cannot_be_read_gives_the_defaults(desk):
     assert desk.hello({})["draft"]["entries"]["epoch"] == "1"
 
 
-def test_a_loaded_preset_tells_what_became_of_its_keys(desk, tmp_path):
+def test_a_loaded_preset_tells_what_became_of_its_keys(desk, tmp_path, monkeypatch):
+    monkeypatch.setitem(kohya.PENDING, "for_later", ())
     (tmp_path / "shipped" / "old.json").write_text(
-        '{"xformers": true, "dora_wd": true, "nonsense": 1, "v2": "perhaps"}'
+        '{"xformers": true, "for_later": true, "nonsense": 1, "v2": "perhaps"}'
     )
     answer = desk.load({"id": "shipped/old"})
     assert {note["key"]: note["what"] for note in answer["notes"]} == {
         "xformers": "converted",
-        "dora_wd": "not supported",
+        "for_later": "not supported",
         "nonsense": "unknown",
     }
     assert answer["problems"][0]["key"] == "v2" and "default is shown" in answer["problems"][0]["message"]
