@@ -1,6 +1,8 @@
 """Sample prompts and their flags."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainer.errors import ConfigError
 from trainer.prompts import Prompt, parse
@@ -63,3 +65,16 @@ def test_all_bad_flags_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
         parse("a --w 1 --q 2\nb\nc --s x")
     assert len(caught.value.problems) == 3
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text(st.sampled_from("--nwhdls 0159.#\n\tab(:)é")) | st.text())
+def test_any_text_is_prompts_or_a_problem_that_names_its_line(text):
+    lines = len(text.splitlines())
+    try:
+        assert all(1 <= prompt.line <= lines for prompt in parse(text))
+    except ConfigError as error:
+        found = {(p.key, p.message.partition(" ")[0]) for p in error.problems}
+    else:
+        found = {("sample_prompts", "line")}
+    assert found == {("sample_prompts", "line")}

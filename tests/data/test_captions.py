@@ -1,12 +1,15 @@
 """What a caption becomes when it is read."""
 
+import itertools
 import json
 import random
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from trainer.data.captions import draw, tag_frequency
+from trainer.data.captions import draw, split_outside_brackets, tag_frequency, weigh
 from trainer.data.folders import Dataset, Picture
 from trainer.schema.data import Captions
 
@@ -93,3 +96,70 @@ def test_the_same_random_numbers_make_of_a_caption_what_sd_scripts_makes(case):
 
 def test_there_are_reference_captions_for_each_setting():
     assert {key for case in CASES for key in case["set"]} == OURS
+
+
+WEIGHED = [case for case in REFERENCE["weighted_parse"] if "raises" not in case]
+
+
+@pytest.mark.parametrize("case", WEIGHED, ids=lambda case: case["prompt"])
+def test_brackets_weigh_as_in_sd_scripts(case):
+    assert weigh(case["prompt"]) == [(text, pytest.approx(weight)) for text, weight in case["result"]]
+
+
+@pytest.mark.parametrize("text", ["(x:1.2.3)", "(x:.)", "(x:1234567)", "(x: 1.2)", "(x:nan)"])
+def test_a_weight_that_is_no_number_is_text_in_a_plain_bracket(text):
+    """sd-scripts ends with an error at the first two."""
+    assert weigh(text) == [(text[1:-1], pytest.approx(1.1))]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a, b,c", ["a", " b", "c"]),
+        ("(a, b:1.2), c", ["(a, b:1.2)", " c"]),
+        ("[a, (b, c)], d", ["[a, (b, c)]", " d"]),
+        (r"\(a, b\), c", [r"\(a", r" b\)", " c"]),
+        ("a), b", ["a)", " b"]),
+        ("a, (b, c", ["a", " (b, c"]),
+        ("", [""]),
+        (",", ["", ""]),
+    ],
+)
+def test_commas_inside_brackets_do_not_part(text, parts):
+    assert split_outside_brackets(text) == parts
+
+
+def test_shuffling_tears_no_bracket_of_a_weighted_caption():
+    caption = "first, (black, white:1.2), cat, [sky, cloud]"
+    for text in drawn(Captions(shuffle=True, weighted=True, keep_tokens=1), caption):
+        first, *rest = split_outside_brackets(text)
+        assert first == "first"
+        assert {part.strip() for part in rest} == {"(black, white:1.2)", "cat", "[sky, cloud]"}
+    torn = drawn(Captions(shuffle=True), caption)
+    assert any("(black, white:1.2)" not in text for text in torn)
+
+
+# Brackets, commas, escapes and weights far more often than other text has them.
+bracketed = st.text(st.sampled_from("()[]\\:,.0123456789+- ab\n日")) | st.text()
+
+
+@settings(deadline=None, max_examples=300)
+@given(bracketed)
+def test_any_text_is_weighed_and_split_without_losing_any(text):
+    runs = weigh(text)
+    assert runs
+    assert all(isinstance(weight, float) for _, weight in runs)
+    assert all(a[1] != b[1] for a, b in itertools.pairwise(runs))
+    kept = "".join(run for run, _ in runs)
+    assert len(kept) <= len(text)
+    if not set(text) & set("()[]\\"):
+        assert runs == [(text, 1.0)]
+    assert ",".join(split_outside_brackets(text)) == text
+
+
+@settings(deadline=None, max_examples=200)
+@given(bracketed, st.builds(Captions, shuffle=st.booleans(), weighted=st.booleans(), keep_tokens=st.integers(0, 3)))
+def test_any_caption_can_be_drawn(caption, settings):
+    text = draw(caption, settings, random.Random(0), 1)
+    words = sorted("".join(caption.split()))
+    assert sorted("".join(text.split())) == words

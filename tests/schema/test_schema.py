@@ -158,6 +158,8 @@ def test_all_problems_are_reported_at_once():
         ({"lr_scheduler": "adafactor", "optimizer": "AdamW"}, ("lr_scheduler", "AdamW")),
         ({"cache_latents": False, "cache_latents_to_disk": True}, ("cache_latents_to_disk", "Cache latents")),
         ({"min_bucket_reso": 512, "max_bucket_reso": 256}, ("min_bucket_reso", "Maximum bucket")),
+        ({"cache_latents": True, "color_aug": True}, ("color_aug", "Cache latents")),
+        ({"cache_latents": True, "random_crop": True}, ("random_crop", "Cache latents")),
     ],
 )
 def test_a_combination_that_cannot_work_is_refused_naming_both_controls(values, both):

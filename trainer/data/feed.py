@@ -65,6 +65,13 @@ class Feed(Dataset[Batch]):
         self.per_epoch = batches_per_epoch(self._buckets(), self._repeats(), config.training.batch_size)
         self._order = lru_cache(maxsize=2)(self._order_of)
 
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "_order"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._order = lru_cache(maxsize=2)(self._order_of)
+
     def __len__(self) -> int:
         return self.per_epoch
 
