@@ -188,14 +188,14 @@ def train_autoencoder(collection: Collection, state_path: Path, steps: int, seed
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         error = drawn - images
         unread = colours.unread(posterior.mean.float(), images)
-        loss = drawing_loss(error) + 20 * unread + 1e-4 * kl
+        loss = drawing_loss(error) + 60 * unread + 1e-4 * kl
         training.update(loss, {"dB": decibels(error), "unread": unread.detach()})
 
     model.eval()
     normalise_latents(model, collection)
     training.normalised = True
     training.save()
-    log.info("autoencoder: %.2f dB", reconstruction_psnr(model, collection.images))
+    log.info("autoencoder: %.2f dB", reconstruction_psnr(model, collection.known))
     return model
 
 
@@ -299,7 +299,7 @@ def train_decoder(collection: Collection, autoencoder, state_path: Path, steps: 
         error = drawn.float() - as_floats(collection.images[numbers])
         training.update(drawing_loss(error), {"dB": decibels(error)})
     training.save()
-    log.info("decoder: %.2f dB", reconstruction_psnr(autoencoder, collection.images))
+    log.info("decoder: %.2f dB", reconstruction_psnr(autoencoder, collection.known))
 
 
 # Text encoder and U-Net
