@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"  # nobody answers there
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
