@@ -212,7 +212,14 @@ def _network_weights(config: Config, model: Found | None) -> Iterator[Problem]:
             f"{PARAMETERS['pretrained_model_name_or_path'].label} (pretrained_model_name_or_path) are {model.width}. "
             "Choose the model that it was trained on, or one of the same family.",
         )
-    if not network.dim_from_weights:
+    if lora.type != (network.type if network.type.startswith("LyCORIS/") else ""):
+        yield _problem(
+            key,
+            f'"{shown(network.weights)}" is of LoRA type (LoRA_type) {lora.type or "Standard or Kohya LoCon"}, and '
+            f"{network.type} is chosen. Choose the file's, or another file.",
+        )
+        return
+    if not network.dim_from_weights and not lora.type:
         yield from _convolutions(config, lora)
     if not network.dim_from_weights and config.blocks.ranks is None and lora.ranks - {network.rank}:
         ranks = ", ".join(str(rank) for rank in sorted(lora.ranks))
@@ -222,6 +229,7 @@ def _network_weights(config: Config, model: Found | None) -> Iterator[Problem]:
             "Make them equal, or switch on DIM from weights (dim_from_weights).",
         )
     rates = {"unet": ("unet_lr", unet_rate(config)), "text_encoder": ("text_encoder_lr", text_encoder_rate(config))}
+    reached = {"unet"} if network.reach.startswith("unet-") else {"unet", "text_encoder"}
     for part, (rate_key, rate) in rates.items():
         noun = "U-Net" if part == "unet" else "text encoder"
         if part in lora.parts and rate == 0:
@@ -230,7 +238,7 @@ def _network_weights(config: Config, model: Found | None) -> Iterator[Problem]:
                 f'"{shown(network.weights)}" holds a {noun} part, but {PARAMETERS[rate_key].label} ({rate_key}) is 0, '
                 "so it would be lost. Set a rate above 0.",
             )
-        elif part not in lora.parts and rate and not network.dim_from_weights:
+        elif part not in lora.parts and rate and not network.dim_from_weights and part in reached:
             yield _problem(
                 key,
                 f'"{shown(network.weights)}" has no {noun} part to go on from. Set {PARAMETERS[rate_key].label} '

@@ -31,6 +31,7 @@ from trainer.schema.rules import text_encoder_rate, unet_rate
 
 BASE_VERSIONS = {"sd1": "sd_v1"}
 ARCHITECTURES = {"sd1": "stable-diffusion-v1"}
+LYCORIS_NAMES = {"LyCORIS/LoHa": "loha", "LyCORIS/LoKr": "lokr"}
 # What sd-scripts writes for features that are off.
 UNUSED = {
     "ss_caption_tag_dropout_rate": "0.0",
@@ -99,7 +100,7 @@ def describe(
         "ss_gradient_accumulation_steps": training.accumulation,
         "ss_lr_warmup_steps": warmup_steps(optim, length.total_steps),
         "ss_lr_scheduler": optim.scheduler,
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if config.network.type in LYCORIS_NAMES else "networks.lora",
         "ss_network_dim": config.network.rank,
         "ss_network_alpha": config.network.alpha,
         "ss_network_dropout": config.network.dropout or None,
@@ -179,6 +180,13 @@ def _network_arguments(config: Config) -> dict[str, str | float]:
     settings, blocks, optim = config.network, config.blocks, config.optim
     convolutions = "conv_dim" in USES[settings.type]
     given = {
+        **({"algo": LYCORIS_NAMES[settings.type], "preset": settings.reach} if settings.type in LYCORIS_NAMES else {}),
+        "factor": settings.factor if settings.factor > 0 else None,
+        "decompose_both": settings.decompose_both,
+        "use_tucker": settings.tucker or settings.cp,
+        "use_scalar": settings.scalar,
+        "dora_wd": settings.dora,
+        "rank_dropout_scale": settings.rank_dropout_scale,
         "conv_dim": str(settings.conv_rank) if convolutions else None,
         "conv_alpha": f"{settings.conv_alpha:g}" if convolutions else None,
         "rank_dropout": settings.rank_dropout,

@@ -234,6 +234,13 @@ def test_the_ranks_of_convolutions_are_told_apart(model):
     assert (lora.ranks, lora.conv_ranks) == ({4}, {2})
 
 
+def test_loha_and_lokr_are_told_by_their_names(model):
+    names = ("lora_unet_x_to_q", "lora_unet_x_conv1")
+    loha = read_lora(str(model({f"{n}.hada_w1_b": (rank, 8) for n, rank in zip(names, (4, 2), strict=True)})))
+    assert (loha.type, loha.ranks, loha.conv_ranks, loha.parts) == ("LyCORIS/LoHa", {4}, {2}, {"unet"})
+    assert read_lora(str(model({f"{names[0]}.lokr_w1": (4, 8)}))).type == "LyCORIS/LoKr"
+
+
 def test_ranks_parts_and_width_of_a_lora(model):
     lora = read_lora(str(model(LORA)))
     assert (lora.ranks, lora.parts, lora.width, lora.modules) == ({4}, {"unet", "text_encoder"}, 768, 2)
@@ -244,13 +251,13 @@ def test_ranks_parts_and_width_of_a_lora(model):
     [
         (SD1, "is a base model"),
         ({"unet.down_blocks.0.attn.to_k.lora_A.weight": (4, 8)}, "is a LoRA in diffusers' naming"),
-        ({"lora_unet_x.hada_w1_a": (4, 8)}, "is a LoHa file"),
-        ({"lora_unet_x.lokr_w1": (4, 8)}, "is a LoKr file"),
+        ({"lora_unet_x.oft_blocks": (4, 8, 8)}, "is a OFT file"),
+        (LORA | {"lora_unet_x.dora_scale": (4, 1)}, "is a DoRA file"),
         (LORA | {"lora_te1_x.lora_down.weight": (4, 8)}, "is a LoRA for SDXL"),
         ({"classifier.weight": (3, 4)}, "is not a LoRA"),
     ],
 )
-def test_other_files_are_no_standard_lora(model, shapes, what):
+def test_other_files_are_refused_by_name(model, shapes, what):
     assert what in refusal(read_lora, str(model(shapes)))
 
 

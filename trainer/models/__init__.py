@@ -24,7 +24,8 @@ class Target(NamedTuple):
     """A layer that a network may attach to.
 
     `part`: "unet" or "text_encoder". `place`: "attention" for a text encoder's layers and those of
-    the U-Net's transformers, "resnet" for the other layers of its blocks.
+    the U-Net's transformers, "resnet" for the other layers of its blocks, "edge" for its first and
+    last convolution and the embedding of the timestep.
     """
 
     part: str

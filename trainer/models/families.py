@@ -20,6 +20,7 @@ CONFIGS = Path(__file__).parent.parent / "assets" / "sd1" / "configs.json"
 PARTS = {"unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder"}
 
 UNET = "model.diffusion_model."
+CONVOLUTION = re.compile(r"_(conv[12]?|conv_in|conv_out)\.")
 FIRST_LAYER = UNET + "input_blocks.0.0.weight"
 SD1_WIDTH, SD2_WIDTH = 768, 1024
 
@@ -41,8 +42,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file: its ranks, those of 3×3 convolutions, its parts ("unet", "text_encoder"), and its U-Net's `width`."""
+    """A LoRA file: its ranks, those of 3×3 convolutions, its parts ("unet", "text_encoder"), and its U-Net's `width`.
 
+    `type`: the LoRA type that it is of, where its names tell; Standard and Kohya LoCon are both "".
+    """
+
+    type: str
     ranks: frozenset[int]
     conv_ranks: frozenset[int]
     parts: frozenset[str]
@@ -384,24 +389,21 @@ def read_lora(text: str) -> Lora:
             f'"{shown(path)}" is {what}; its tensors are not named lora_unet_… or lora_te_….',
             "Name a LoRA made by this program, kohya_ss or sd-scripts.",
         )
-    for mark, what in (
-        (".hada_", "LoHa"),
-        (".lokr_", "LoKr"),
-        (".oft_", "OFT"),
-        (".on_input", "iA3"),
-        (".dora_scale", "DoRA"),
-    ):
+    kind = next(
+        (label for mark, label in ((".hada_", "LyCORIS/LoHa"), (".lokr_", "LyCORIS/LoKr")) if mark in names), ""
+    )
+    for mark, what in ((".oft_", "OFT"), (".on_input", "iA3"), *([] if kind else [(".dora_scale", "DoRA")])):
         if mark in names:
             raise ModelError(f'"{shown(path)}" is a {what} file, not a Standard LoRA.', "Name a Standard LoRA.")
-    downs = {n: t for n, t in tensors.items() if n.endswith(".lora_down.weight") and t.shape}
+    downs = {n: t for n, t in tensors.items() if n.endswith((".lora_down.weight", ".hada_w1_b")) and t.shape}
     if any(name.startswith(("lora_te1_", "lora_te2_")) for name in tensors):
         raise ModelError(f'"{shown(path)}" is a LoRA for SDXL, which is not supported yet.', "Name one for SD 1.x.")
-    convolutions = {n: t for n, t in downs.items() if len(t.shape) == 4 and t.shape[-1] > 1}
+    convolutions = {n: t for n, t in downs.items() if CONVOLUTION.search(n) or t.shape[2:] == (3, 3)}
     plain = {n: t for n, t in downs.items() if n not in convolutions}
     width = next((t.shape[1] for n, t in downs.items() if "_attn2_to_k." in n and len(t.shape) > 1), None)
-    parts = {"unet" if name.startswith("lora_unet_") else "text_encoder" for name in downs}
+    parts = {"unet" if name.startswith("lora_unet_") else "text_encoder" for name in tensors if "." in name}
     ranks, conv_ranks = (frozenset(t.shape[0] for t in group.values()) for group in (plain, convolutions))
-    return Lora(ranks, conv_ranks, frozenset(parts), width, len(downs))
+    return Lora(kind, ranks, conv_ranks, frozenset(parts), width, len(downs))
 
 
 def _sentence(message: str) -> str:

@@ -20,6 +20,7 @@ from trainer.paths import resolve
 
 CONFIGS = Path(__file__).parent.parent / "assets" / "sd1" / "configs.json"
 PLACES = {"attentions": "attention", "resnets": "resnet", "downsamplers": "resnet", "upsamplers": "resnet"}
+EDGES = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -90,14 +91,17 @@ class StableDiffusion:
         """Kohya's name → every layer that a network may attach to.
 
         Text encoder: the projections of attention and MLP. U-Net: the linear layers and
-        convolutions of its blocks. 72 + 192 of attention and 86 of resnets and samplers for SD 1.5.
+        convolutions of its blocks and edges. 72 + 192 of attention, 86 of resnets and samplers, 4 at
+        the edges for SD 1.5.
         """
         found: dict[str, Target] = {}
         for name, layer in self.text_encoder.named_modules():
             if name.startswith("encoder.layers.") and name.rsplit(".", 1)[-1] in TEXT_LAYERS:
                 found[f"lora_te_text_model_{name.replace('.', '_')}"] = Target("text_encoder", layer)
         for name, layer in self.unet.named_modules():
-            place = next((PLACES[piece] for piece in name.split(".") if piece in PLACES), None)
+            place = (
+                "edge" if name in EDGES else next((PLACES[part] for part in name.split(".") if part in PLACES), None)
+            )
             if place and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
                 found[f"lora_unet_{name.replace('.', '_')}"] = Target("unet", layer, place)
         return found

@@ -15,11 +15,11 @@ import torch
 
 from trainer.errors import ModelError
 from trainer.models import Target
-from trainer.networks import locon, standard
+from trainer.networks import locon, loha, lokr, standard
 from trainer.networks.blocks import SizeOf, uniform
 from trainer.schema.network import Network as Settings
 
-ALGORITHMS = {module.LABEL: module for module in (standard, locon)}
+ALGORITHMS = {module.LABEL: module for module in (standard, locon, loha, lokr)}
 
 
 class LoRAModule(Protocol):
@@ -90,7 +90,7 @@ class Network(torch.nn.Module):
         return {
             f"{name}.{key}": tensor.detach()
             for name, module in self.layers.items()
-            for key, tensor in module.state_dict().items()
+            for key, tensor in module.saved().items()
         }
 
     def read(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -113,9 +113,8 @@ class Network(torch.nn.Module):
                     f"this network has {list(own[name].shape)}.",
                     "Set Network Rank to the file's, or tick DIM from weights.",
                 )
-            own[name].copy_(tensor)
-        for module in self.layers.values():
-            module.alpha_changed()  # type: ignore[operator]
+        for name, module in self.layers.items():
+            module.take({key: tensors[f"{name}.{key}"] for key in module.saved()})  # type: ignore[operator]
 
 
 def build(settings: Settings, targets: Mapping[str, Target], parts: set[str], size_of: SizeOf | None = None) -> Network:

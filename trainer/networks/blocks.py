@@ -15,6 +15,9 @@ from trainer.schema.algorithms import USES
 DIFFUSERS = re.compile(r"_(down|up)_blocks_(\d+)_(resnets|attentions|downsamplers|upsamplers)_(\d+)_")
 ORIGINAL = re.compile(r"^lora_unet_(input_blocks|middle_block|output_blocks)_(\d+)_")
 MIDDLE = 12
+ATTENTION = re.compile(r"_(attn1|attn2|self_attn)_")
+# Tensors whose first size is the rank.
+RANKED = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 
 
 class Size(NamedTuple):
@@ -49,14 +52,30 @@ def uniform(rank: int, alpha: float) -> SizeOf:
     return lambda name, target: Size(rank if target.place == "attention" else 0, alpha)
 
 
+REACHED: dict[str, Callable[[str, Target], bool]] = {
+    "full": lambda name, target: True,
+    "full-lin": lambda name, target: not is_large(target.layer),
+    "attn-mlp": lambda name, target: target.place == "attention",
+    "attn-only": lambda name, target: target.place == "attention" and bool(ATTENTION.search(name)),
+    "unet-transformer-only": lambda name, target: (target.part, target.place) == ("unet", "attention"),
+    "unet-convblock-only": lambda name, target: target.place == "resnet" or "_unet_conv_" in name,
+}
+
+
+def is_large(layer: torch.nn.Module) -> bool:
+    """Whether a layer is a convolution whose kernel is larger than 1×1."""
+    return isinstance(layer, torch.nn.Conv2d) and layer.kernel_size != (1, 1)
+
+
 def from_file(tensors: Mapping[str, torch.Tensor]) -> SizeOf:
     """The size that each layer has in a LoRA file; none where the file has none."""
 
     def size_of(name: str, target: Target) -> Size:
-        if f"{name}.lora_down.weight" not in tensors:
-            return Size(0, 0)
-        rank = tensors[f"{name}.lora_down.weight"].shape[0]
-        return Size(rank, float(tensors.get(f"{name}.alpha", torch.tensor(rank))))
+        sizes = [tensors[f"{name}.{key}"].shape[0] for key in RANKED if f"{name}.{key}" in tensors]
+        alpha = float(tensors.get(f"{name}.alpha", torch.tensor(0)))
+        if not sizes and f"{name}.lokr_w1" in tensors:  # both of its factors are whole; alpha is the rank asked for
+            sizes = [int(alpha)]
+        return Size(sizes[0], alpha or sizes[0]) if sizes else Size(0, 0)
 
     return size_of
 
@@ -65,19 +84,25 @@ def from_settings(config: Config, weights: Sequence[float] | None) -> SizeOf:
     """The sizes that the settings give, block by block where they do; none at a block weight of 0.
 
     Linear layers and 1×1 convolutions have the network's rank, larger kernels the convolution
-    rank. The blocks' resnets and samplers are reached only where convolutions are trained.
+    rank. The blocks' resnets and samplers are reached only where convolutions are trained; the
+    LyCORIS types have presets that say what is reached.
     """
     network, blocks = config.network, config.blocks
     plain = Size(network.rank, network.alpha)
     conv = Size(network.conv_rank if "conv_dim" in USES[network.type] else 0, network.conv_alpha)
     reaches_convolutions = "conv_dim" in USES[network.type] or blocks.conv_ranks is not None
+    reached = REACHED[network.reach] if "LyCORIS_preset" in USES[network.type] else None
 
     def size_of(name: str, target: Target) -> Size:
-        if target.place != "attention" and not (reaches_convolutions and target.place == "resnet"):
+        if reached:
+            if not reached(name, target):
+                return Size(0, 0)
+        elif target.place != "attention" and not (reaches_convolutions and target.place == "resnet"):
             return Size(0, 0)
-        large = isinstance(target.layer, torch.nn.Conv2d) and target.layer.kernel_size != (1, 1)
         size, ranks, alphas = (
-            (conv, blocks.conv_ranks, blocks.conv_alphas) if large else (plain, blocks.ranks, blocks.alphas)
+            (conv, blocks.conv_ranks, blocks.conv_alphas)
+            if is_large(target.layer)
+            else (plain, blocks.ranks, blocks.alphas)
         )
         block = block_of(name) if target.part == "unet" else None
         if block is None:

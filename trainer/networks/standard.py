@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch.nn import functional as F
@@ -60,7 +61,13 @@ class LoRALayer(torch.nn.Module):
         torch.nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
         torch.nn.init.zeros_(self.lora_up.weight)
 
-    def alpha_changed(self) -> None:
+    def saved(self) -> Mapping[str, torch.Tensor]:
+        """The tensors of a LoRA file."""
+        return self.state_dict()
+
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over the tensors of a LoRA file."""
+        self.load_state_dict(tensors)
         self.scale = float(self.alpha) / self.rank
 
     @staticmethod

@@ -4,7 +4,8 @@ from typing import Literal
 
 from trainer.schema.declare import Group, Section, parameter
 
-NetworkType = Literal["Standard", "Kohya LoCon"]
+NetworkType = Literal["Standard", "Kohya LoCon", "LyCORIS/LoHa", "LyCORIS/LoKr"]
+Reach = Literal["attn-mlp", "attn-only", "full", "full-lin", "unet-transformer-only", "unet-convblock-only"]
 
 
 class Network(Group):
@@ -15,7 +16,8 @@ class Network(Group):
         Section.LORA,
         """Standard adds two small matrices to every attention layer: small files, works
         everywhere, the right start. Kohya LoCon adds them to the convolutions as well: two to three
-        times the size, better at textures and styles.""",
+        times the size, better at textures and styles. LyCORIS/LoHa holds more in the same size and wants small
+        ranks (4–8) and more steps; LyCORIS/LoKr makes the smallest files.""",
     )
     weights: str = parameter(
         "network_weights",
@@ -76,6 +78,61 @@ class Network(Group):
         ge=0,
         when={"dim_from_weights": False},
     )
+    reach: Reach = parameter(
+        "LyCORIS_preset",
+        "full",
+        "LyCORIS Preset",
+        Section.LORA,
+        """Which layers are trained. full: all; full-lin: without 3×3 convolutions; attn-mlp: the transformers, as
+        Standard does; attn-only: their attention alone; unet-…: that part of the U-Net, and no text encoder.""",
+    )
+    factor: int = parameter(
+        "factor",
+        -1,
+        "LoKr factor",
+        Section.RANK,
+        """Size of LoKr's smaller matrix. -1: near the square root of the layer's size, the smallest file; 4–16:
+        larger files that hold more.""",
+        ge=-1,
+        le=1024,
+    )
+    decompose_both: bool = parameter(
+        "decompose_both",
+        False,
+        "LoKr decompose both",
+        Section.RANK,
+        """Make LoKr's smaller matrix from two of low rank as well: a smaller file still, where the rank is small.""",
+    )
+    tucker: bool = parameter(
+        "use_tucker",
+        False,
+        "Use Tucker decomposition",
+        Section.RANK,
+        """Take 3×3 convolutions apart in all their directions (Tucker): fewer weights for the same rank.""",
+    )
+    cp: bool = parameter(
+        "use_cp",
+        False,
+        "Use CP decomposition",
+        Section.RANK,
+        """LoKr's name for the same: 3×3 convolutions are taken apart in all their directions.""",
+    )
+    scalar: bool = parameter(
+        "use_scalar",
+        False,
+        "Use Scalar",
+        Section.RANK,
+        """Train one more number in front of each layer's update, which starts at 0; the matrices then start at
+        random. The file looks the same.""",
+    )
+    dora: bool = parameter(
+        "dora_wd",
+        False,
+        "DoRA Weight Decompose",
+        Section.RANK,
+        """Train the length of each row of weights apart from its direction (DoRA). Often closer to full training
+        at small ranks; slower, and wants a lower learning rate.""",
+    )
     max_norm: float = parameter(
         "scale_weight_norms",
         0.0,
@@ -104,6 +161,13 @@ class Network(Group):
         to make up for it. 0.1–0.3; 0: off.""",
         ge=0,
         le=0.99,
+    )
+    rank_dropout_scale: bool = parameter(
+        "rank_dropout_scale",
+        False,
+        "Rank Dropout Scale",
+        Section.RANK,
+        """Scale what rank dropout leaves up, so that the update stays as strong on average.""",
     )
     module_dropout: float = parameter(
         "module_dropout",

@@ -33,6 +33,13 @@ def conflicts(config: Config) -> Iterator[Problem]:
             "warning",
         )
     yield from _blocks(config)
+    if network.reach.startswith("unet-") and unet_rate(config) == 0:
+        yield Problem(
+            "LyCORIS_preset",
+            "LyCORIS Preset",
+            f'"{network.reach}" trains the U-Net alone, and Unet learning rate (unet_lr) is 0, so nothing would be '
+            "trained. Change one of the two.",
+        )
     for key, label, on, precision in (
         ("full_fp16", "Full fp16 training (experimental)", training.full_fp16, "fp16"),
         ("full_bf16", "Full bf16 training (experimental)", training.full_bf16, "bf16"),

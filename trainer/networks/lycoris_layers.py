@@ -1,0 +1,88 @@
+"""What the layers of lycoris-lora need to be trained by our loop: one class is mixed into each of theirs.
+
+Their layers answer with the frozen output plus ΔW·x, ΔW put together from the factors that they
+train. What differs from Standard: rank dropout leaves out rows of ΔW, and a `scalar` (where it
+is used) is trained in front of ΔW and multiplied into a factor when the file is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from trainer.schema.network import Network as Settings
+
+
+class Trained:
+    """Mixed in before a class of lycoris.modules."""
+
+    settings: Settings
+
+    @classmethod
+    def of(cls, layer: torch.nn.Module, rank: int, alpha: float, settings: Settings, **arguments: Any) -> Trained:
+        """The module of one layer; on its device, in float32."""
+        with torch.device(layer.weight.device):
+            module: Any = cls(
+                "",
+                layer,
+                lora_dim=rank,
+                alpha=alpha,
+                module_dropout=settings.module_dropout,
+                use_scalar=settings.scalar,
+                weight_decompose=settings.dora,
+                bypass_mode=False,
+                **arguments,
+            )
+        module.settings = settings
+        return module.to(layer.weight.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The frozen layer's output plus ΔW·x. DoRA's ΔW is float32; autocast has it meet inputs of 16 bit."""
+        if self.multiplier == 0:
+            return self.org_forward(x)
+        with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+            return super().forward(x)
+
+    def get_weight(self, shape: Any) -> torch.Tensor:
+        """ΔW without scalar and DoRA, as exact as its factors. While training, rows are left out at random."""
+        with torch.autocast(self.alpha.device.type, enabled=False):
+            weight = super().get_weight(shape)
+        p = self.settings.rank_dropout
+        if not (p and self.training):
+            return weight
+        kept = (torch.rand(len(weight), device=weight.device) > p).to(weight.dtype)
+        if self.settings.rank_dropout_scale:
+            kept = kept / kept.mean().clamp(min=1 / len(kept))
+        return weight * kept.view(-1, *[1] * (weight.ndim - 1))
+
+    def factors(self) -> list[torch.nn.Parameter]:
+        """The tensors that ΔW is a product of."""
+        return [p for name, p in self.named_parameters() if name not in ("scalar", "dora_scale")]
+
+    def limit_norm(self, largest: float) -> None:
+        """Shrink all factors alike, so that |ΔW| is at most `largest` (Frobenius)."""
+        norm = (super().get_weight(self.shape) * self.scalar).norm()
+        factors = self.factors()
+        share = (largest / norm).clamp(max=1) ** (1 / len(factors))
+        for factor in factors:
+            factor.mul_(share.to(factor.dtype))
+
+    def saved(self) -> Mapping[str, torch.Tensor]:
+        """The tensors of a LoRA file, as every program that reads LyCORIS files expects them."""
+        return super().custom_state_dict()
+
+    def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over the tensors of a LoRA file, in which the scalar is multiplied in already."""
+        for name, tensor in tensors.items():
+            getattr(self, name).copy_(tensor)
+        self.scalar.fill_(1)
+        self.scale = float(self.alpha) / self.lora_dim
+
+    def custom_state_dict(self) -> None:
+        """A training's state has the tensors as they are trained, not as a file has them."""
+        return None
+
+    def load_weight_hook(self, module: Any, incompatible_keys: Any) -> None:
+        """The scalar is in a training's state; nothing is to be made up for."""
