@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_training import of_type
-from trainer import loop, state
+from tests.test_training import of_type, prepared
+from trainer import loop, optim, schema, state
 from trainer.errors import StateError
+from trainer.networks import ALGORITHMS
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from trainer.schema.optimizers import OPTIMIZERS
 
 
 @pytest.fixture
@@ -288,4 +291,64 @@ def test_every_kind_of_value_survives_packing():
 def test_reading_what_is_no_state_says_so(tmp_path):
     with pytest.raises(StateError, match="no such folder"):
         state.read(tmp_path / "nothing")
+    for path in ("x" * 5000, "a\0b", "/root/\n", str(tmp_path / "file")):
+        (tmp_path / "file").touch()
+        with pytest.raises(StateError, match="is no training state"):
+            state.read(Path(path))
     assert not state.is_state(tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name, row in OPTIMIZERS.items() if not row.package])
+def test_every_optimizer_goes_on_from_its_state_exactly(name, tmp_path):
+    config = schema.parse({"optimizer": name, "lr_scheduler": "cosine", "lr_warmup": 20})
+    chosen = config.optim
+
+    def fresh():
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4, bias=False))
+        groups = [{"name": str(i), "params": list(part.parameters()), "lr": 1e-2} for i, part in enumerate(network)]
+        optimizer = optim.make_optimizer(groups, chosen)
+        return network, optimizer, optim.make_scheduler(optimizer, chosen, 10)
+
+    def train(parts, steps):
+        network, optimizer, scheduler = parts
+        for step in steps:
+            torch.manual_seed(step)
+            network(torch.randn(5, 8)).square().mean().backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+        return [p.detach().clone() for p in network.parameters()]
+
+    whole = fresh()
+    train(whole, range(4))
+    state.write(tmp_path / "state", 4, 0, 1, config, state.parts_of(*whole, None))
+    resumed = fresh()
+    train(resumed, range(1))  # what is restored must not depend on what was there
+    state.read(tmp_path / "state").restore(*resumed, None)
+    rates = [optim.rates(*parts[1:]) for parts in (whole, resumed)]
+    assert rates[0] == rates[1]
+    assert all(torch.equal(a, b) for a, b in zip(train(whole, range(4, 8)), train(resumed, range(4, 8)), strict=True))
+    assert all(torch.isfinite(p).all() for p in whole[0].parameters())
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_network_comes_back_from_its_state_and_answers_the_same(settings, tmp_path, algorithm):
+    changes = {"LoRA_type": algorithm, "cache_latents": False, "conv_dim": 2}
+    first, second = (prepared(settings | changes | {"seed": seed}, tmp_path) for seed in (1, 2))
+    with torch.no_grad():
+        for tensor in first.network.parameters():
+            tensor.normal_(std=0.02)
+    parts = state.parts_of(first.network, first.optimizer, first.scheduler, None)
+    state.write(tmp_path / "state", 1, 1, 6, first.config, parts)
+    state.read(tmp_path / "state").restore(second.network, second.optimizer, second.scheduler, None)
+    ours, theirs = first.network.tensors(), second.network.tensors()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    answers = []
+    for session in (first, second):
+        session.network.attach()
+        with torch.no_grad(), session.network.without_dropout():
+            answers.append(session.model.text_states(session.model.tokens(["a cat"])))
+        session.network.detach()
+    assert torch.equal(*answers)

@@ -157,7 +157,7 @@ class Feed(Dataset[Batch]):
         workers = self.workers()
         if workers:
             for span in self._spans(numbers):
-                yield from DataLoader(self, batch_size=None, sampler=span, num_workers=workers)  # type: ignore[arg-type]
+                yield from DataLoader(self, batch_size=None, sampler=span, num_workers=workers)
             return
         with ThreadPoolExecutor(1) as pool:
             waiting = None
