@@ -22,6 +22,7 @@ STATIC = Path(__file__).parent / "static"
 SCRIPTS = ("dom", "banner", "form", "files", "chart", "log", "samples", "live", "bar", "lists", "begin")
 PARAMETER_TABS = ("Basic", "Advanced")
 MOST_RUNS = 100
+FIRST = "shipped/first-steps"
 
 Answer = dict[str, Any]
 Ask = Mapping[str, Any]
@@ -41,9 +42,12 @@ class Desk:
         return self.runs.folder / "draft.json"
 
     def hello(self, ask: Ask) -> Answer:
-        """What the page needs to begin: the parameters, the shelf, and the form as it was left."""
+        """What the page needs to begin: the parameters, the shelf, and the form as it was left.
+
+        Who comes for the first time finds the preset of first steps, ready to start.
+        """
         try:
-            preset = kohya.load(self.draft) if self.draft.exists() else kohya.Preset({})
+            preset = kohya.load(self.draft) if self.draft.exists() else self._first()
         except ConfigError:
             # A draft that cannot be read (the disk was full) is no reason to show no page.
             preset = kohya.Preset({})
@@ -53,6 +57,9 @@ class Desk:
             "models": self.roots.models(),
             "draft": _as_form(preset),
         }
+
+    def _first(self) -> kohya.Preset:
+        return self.presets.load(FIRST) if FIRST in self.presets.ids() else kohya.Preset({})
 
     def draft_saved(self, ask: Ask) -> Answer:
         """Keep the form as it stands; tells what the schema finds wrong with it."""

@@ -38,7 +38,7 @@ class Bar {
   }
 
   offer(presets) {
-    const chosen = this.preset.value || localStorage.getItem("lorawright.preset") || "";
+    const chosen = this.preset.value || localStorage.getItem("lorawright.preset") || "shipped/first-steps";
     const group = (label, shelf) => {
       const ids = presets.filter((id) => id.startsWith(shelf));
       return ids.length ? [make("optgroup", { label }, ...ids.map((id) => make("option", { value: id }, id.slice(shelf.length))))] : [];

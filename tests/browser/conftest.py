@@ -87,10 +87,11 @@ class Server:
             kill(Run(folder))
 
     def forget(self) -> None:
-        """Back to a page that nobody has used; the server keeps no state of its own."""
+        """Back to a form at its defaults; the server keeps no state of its own."""
         self.end_runs()
         for item in self.runs.iterdir():
             shutil.rmtree(item, ignore_errors=True) if item.is_dir() else item.unlink()
+        (self.runs / "draft.json").write_text("{}")
 
 
 @contextlib.contextmanager

@@ -60,6 +60,14 @@ def test_the_style_and_markup_fetch_nothing_from_elsewhere():
         assert not re.search(r"https?://|@import|url\(", path.read_text(encoding="utf-8")), path.name
 
 
+def test_the_first_visit_finds_the_preset_of_first_steps(desk, tmp_path):
+    assert desk.hello({})["draft"]["entries"]["epoch"] == "1"
+    (tmp_path / "shipped" / "first-steps.json").write_text('{"epoch": 7}')
+    assert desk.hello({})["draft"]["entries"]["epoch"] == "7"
+    desk.draft_saved({"entries": entries(desk, epoch="3"), "kept": {}})
+    assert desk.hello({})["draft"]["entries"]["epoch"] == "3"
+
+
 def test_a_draft_survives_a_restart_with_what_the_form_cannot_use(desk):
     desk.draft_saved({"entries": entries(desk, learning_rate="fast", network_dim="16"), "kept": {"other": 1}})
     again = desk.hello({})["draft"]

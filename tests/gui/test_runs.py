@@ -268,3 +268,12 @@ def test_a_trainer_does_not_die_with_its_server(shelf):
     run = started(shelf, "steps=500")
     wait(run, "running")
     assert os.getsid(run.process().pid) != os.getsid(0)
+
+
+def test_the_key_reaches_the_trainer_and_no_file(shelf):
+    run = started(shelf, "steps=500", wandb_api_key="0123-key", log_with="wandb")
+    wait(run, "running")
+    assert run.process().environ()["WANDB_API_KEY"] == "0123-key"
+    assert "0123-key" not in " ".join(run.process().cmdline())
+    runs.kill(run)
+    assert all(b"0123-key" not in path.read_bytes() for path in shelf.folder.rglob("*") if path.is_file())
