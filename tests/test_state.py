@@ -190,13 +190,26 @@ def test_another_learning_rate_applies_from_the_first_resumed_step_and_is_told(r
     [
         ({"optimizer": "Lion"}, "Optimizer (optimizer) was AdamW, now Lion"),
         ({"optimizer_args": "weight_decay=0.5"}, "(optimizer_args)"),
-        ({"network_dim": 8}, "it holds [4, 32], this one has [8, 32]"),
-        ({"network_alpha": 2}, "is 4 there and 2 here"),
-        ({"text_encoder_lr": 0}, "this one has nothing"),
         ({"max_train_steps": 2}, "is at step 2, and this training has 2 in all"),
     ],
 )
-def test_a_state_that_cannot_be_gone_on_from_is_refused_naming_what_differs(resume, changes, message):
+def test_a_state_that_cannot_be_gone_on_from_is_refused_before_the_start(resume, capsys, changes, message):
+    code, _, _ = resume(**changes)
+    assert code == EXIT_CONFIG
+    error = capsys.readouterr().err
+    assert message in error
+    assert "(resume)" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network_dim": 8}, "it holds [4, 32], this one has [8, 32]"),
+        ({"network_alpha": 2}, "is 4 there and 2 here"),
+        ({"text_encoder_lr": 0}, "this one has nothing"),
+    ],
+)
+def test_a_state_of_another_network_is_refused_naming_what_differs(resume, changes, message):
     code, events, _ = resume(**changes)
     assert code == EXIT_FAILED
     failed = of_type(events, "failed")[-1]

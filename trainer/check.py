@@ -78,7 +78,6 @@ def problems(preset: Preset, decode: bool = True) -> Checked:
         *model_problems,
         *_vae(config, model),
         *_network_weights(config, model),
-        *_resume(config),
         *survey.problems,
         *place_problems,
         *_output(config),
@@ -88,6 +87,7 @@ def problems(preset: Preset, decode: bool = True) -> Checked:
         *_masks(config, survey.dataset.pictures),
     ]
     summary = _summary(config, survey.dataset.pictures, places, model)
+    found += _resume(config, summary)
     refused = any(problem.severity == "error" for problem in found)
     return Checked(None if refused else config, tuple(found), preset.notes, summary)
 
@@ -272,10 +272,12 @@ def _convolutions(config: Config, lora: Lora) -> Iterator[Problem]:
         )
 
 
-def _resume(config: Config) -> Iterator[Problem]:
+def _resume(config: Config, summary: Summary) -> Iterator[Problem]:
     if config.saving.resume:
         try:
-            state.read(resolve(config.saving.resume))
+            resumed = state.read(resolve(config.saving.resume))
+            resumed.leads_into(summary.total_steps or resumed.step + 1)
+            resumed.differences(config, summary.batches_per_epoch or resumed.batches_per_epoch)
         except LorawrightError as error:
             yield _problem("resume", error)
 

@@ -19,7 +19,6 @@ from trainer import checkpoint, metadata, models, networks, optim, state, tracke
 from trainer.data import cache, folders
 from trainer.data.buckets import Buckets
 from trainer.data.feed import Feed
-from trainer.errors import StateError
 from trainer.events import Event, Phase, Warned
 from trainer.length import Length
 from trainer.networks import Network, blocks
@@ -125,6 +124,9 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
     length = Length.of(len(feed), training)
     network = _network(config, model, seed)
     optimizer = optim.make_optimizer(_groups(config, network), config.optim)
+    if config.optim.row.paged and accelerator.device.type == "cpu":
+        name = config.optim.optimizer
+        emit(Warned(f"{name} moves its states out of a GPU's memory; without a GPU it is like the unpaged one."))
     scheduler = optim.make_scheduler(optimizer, config.optim, length.total_steps)
     optimizer = accelerator.prepare(optimizer)
     if resumed:
@@ -164,11 +166,7 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
 
 def _resume(resumed: state.State, config: Config, length: Length, emit: Emit) -> None:
     """Refuse a state that this training cannot go on from, and tell what is otherwise than it was."""
-    if resumed.step >= length.total_steps:
-        raise StateError(
-            f'"{resumed.folder}" is at step {resumed.step}, and this training has {length.total_steps} in all.',
-            "Raise Epoch or Max train steps to go on.",
-        )
+    resumed.leads_into(length.total_steps)
     differences = resumed.differences(config, length.batches_per_epoch)
     if differences:
         emit(Warned(f"Resuming at step {resumed.step + 1} with other settings: {'; '.join(differences)}."))

@@ -65,6 +65,14 @@ class State:
     digest: str
     packed: Mapping[str, Any]
 
+    def leads_into(self, total_steps: int) -> None:
+        """Raise StateError when a training of so many steps is over by then."""
+        if self.step >= total_steps:
+            raise StateError(
+                f'"{shown(self.folder)}" is at step {self.step}, and this training has {total_steps} in all.',
+                "Raise Epoch (epoch) or Max train steps (max_train_steps) to go on.",
+            )
+
     def differences(self, config: Config, batches_per_epoch: int) -> list[str]:
         """What is otherwise than when the state was written, in words.
 
