@@ -154,6 +154,35 @@ def test_gradients_are_float32_while_the_layer_computes_in_bfloat16(case, settin
     assert {p.grad.dtype for p in module.parameters()} == {torch.float32}
 
 
+def test_a_small_update_is_not_rounded_away_by_large_frozen_weights(settings_of):
+    """Frozen weights of 1 and inputs that sum to 0: the frozen answer is 0, and what is left is the update's."""
+    layer = torch.nn.Linear(24, 40, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    layer.weight.fill_(1)
+    if settings_of.dora:
+        pytest.skip("DoRA's lengths do not let the update be told from the frozen weights")
+    torch.manual_seed(0)
+    module = randomised(layer, settings_of)
+    with torch.no_grad():
+        module.limit_norm(0.001)
+    x = torch.tensor([1.0, -1.0] * 12, dtype=torch.bfloat16)[None]
+    delta = change(dict(module.saved()), layer.weight.shape, 2)
+    expected = x.float() @ delta.T
+    assert not layer(x).any()
+    assert 0 < float(delta.abs().max()) < 2**-9  # under half a step of bfloat16 at 1
+    torch.testing.assert_close(module(x).float(), expected, rtol=2e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+@pytest.mark.proves("module_dropout")
+def test_module_dropout_leaves_out_the_whole_layer_in_its_share_of_the_steps(algorithm):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(24, 40).requires_grad_(False), torch.randn(3, 24)
+    module = randomised(layer, Settings(type=algorithm, module_dropout=0.3))
+    left_out = [torch.equal(module(x), layer(x)) for _ in range(300)]
+    assert sum(left_out) / 300 == pytest.approx(0.3, abs=0.08)
+    module.eval()
+    assert not any(torch.equal(module(x), layer(x)) for _ in range(20))
+
+
 def test_strength_zero_is_the_base_bit_for_bit(case, settings_of):
     layer, x = case
     base = layer(x)

@@ -1,8 +1,9 @@
 """What the layers of lycoris-lora need to be trained by our loop: one class is mixed into each of theirs.
 
-Their layers answer with the frozen output plus ΔW·x, ΔW put together from the factors that they
-train. What differs from Standard: rank dropout leaves out rows of ΔW, and a `scalar` (where it
-is used) is trained in front of ΔW and multiplied into a factor when the file is written.
+Theirs are the factors and how ΔW and the file are made of them. The forward is ours: theirs takes
+W + ΔW − W in the frozen weights' precision, in which a small ΔW is rounded away. What differs from
+Standard: rank dropout leaves out rows of ΔW, and a `scalar` (where it is used) is trained in front
+of ΔW and multiplied into a factor when the file is written.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ class Trained:
                 layer,
                 lora_dim=rank,
                 alpha=alpha,
-                module_dropout=settings.module_dropout,
                 use_scalar=settings.scalar,
                 weight_decompose=settings.dora,
                 bypass_mode=False,
@@ -39,16 +39,22 @@ class Trained:
         return module.to(layer.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The frozen layer's output plus ΔW·x. DoRA's ΔW is float32; autocast has it meet inputs of 16 bit."""
-        if self.multiplier == 0:
-            return self.org_forward(x)
-        with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
-            return super().forward(x)
+        """The frozen layer's output plus ΔW·x; ΔW is made in the factors' precision, then rounded to that of x."""
+        output = self.org_forward(x)
+        p = self.settings.module_dropout
+        if self.multiplier == 0 or (p and self.training and torch.rand(1) < p):
+            return output
+        delta = self.get_weight(self.shape) * self.scalar
+        if self.wd:
+            frozen = self.org_weight.float()
+            delta = self.apply_weight_decompose(frozen + delta, self.multiplier) - frozen
+        else:
+            delta = delta * self.multiplier
+        return output + self.op(x, delta.to(x.dtype), None, **self.kw_dict)
 
     def get_weight(self, shape: Any) -> torch.Tensor:
-        """ΔW without scalar and DoRA, as exact as its factors. While training, rows are left out at random."""
-        with torch.autocast(self.alpha.device.type, enabled=False):
-            weight = super().get_weight(shape)
+        """ΔW without scalar and DoRA. While training, rows are left out at random."""
+        weight = super().get_weight(shape)
         p = self.settings.rank_dropout
         if not (p and self.training):
             return weight
