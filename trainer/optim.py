@@ -68,17 +68,21 @@ def make_optimizer(groups: list[dict[str, Any]], settings: Optim) -> torch.optim
 def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Where a schedule-free optimizer's weights are those to save and to draw with, not to train with.
 
-    They are averages of the ones that are trained (Defazio et al. 2024, "The road less scheduled").
-    Other optimizers have one kind only.
+    They are averages of the ones that are trained (Defazio et al. 2024, "The road less scheduled"),
+    which come back bit for bit. Other optimizers have one kind only.
     """
     if not hasattr(optimizer, "eval"):
         yield
         return
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    trained = [weight.detach().clone() for weight in weights]
     optimizer.eval()
     try:
         yield
     finally:
         optimizer.train()  # type: ignore[attr-defined]
+        for weight, own in zip(weights, trained, strict=True):
+            weight.data.copy_(own)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, settings: Optim, total_steps: int) -> LRScheduler:

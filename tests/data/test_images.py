@@ -8,7 +8,7 @@ from PIL import Image
 from skimage import data
 
 from trainer.data.buckets import Placement
-from trainer.data.images import pixels, size
+from trainer.data.images import has_transparency, opacity, pixels, size
 from trainer.errors import DataError
 
 COFFEE = data.coffee()  # 600×400
@@ -162,3 +162,36 @@ def test_files_are_left_as_they_were(tmp_path):
     pixels(path, Placement((64, 64), (96, 64), (16, 0)))
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.jpg"]
+
+
+@pytest.mark.proves("masked_loss")
+def test_opacity_is_the_alpha_channels_mean_over_each_latent(tmp_path):
+    alpha = np.zeros((64, 96), np.uint8)
+    alpha[:, :36] = 255  # four cells and a half
+    alpha[60:, :] = 255  # the lower half of the last row
+    picture = Image.fromarray(COFFEE[:64, :96]).convert("RGBA")
+    picture.putalpha(Image.fromarray(alpha))
+    path = saved(tmp_path, picture)
+    found = opacity(path, whole(picture))
+    expected = np.zeros((8, 12), np.float32)
+    expected[:, :4], expected[:, 4] = 1, 0.5
+    expected[7, 4:] = [0.75] + 7 * [0.5]
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert has_transparency(path)
+    cut = Placement((48, 64), (96, 64), (24, 0))
+    np.testing.assert_allclose(opacity(path, cut), expected[:, 3:9], atol=1e-3)
+
+
+def test_an_image_without_alpha_is_opaque_everywhere(tmp_path):
+    picture = Image.fromarray(COFFEE[:64, :96])
+    path = saved(tmp_path, picture)
+    assert opacity(path, whole(picture)).tolist() == np.ones((8, 12)).tolist()
+    assert not has_transparency(path)
+
+
+def test_colours_beneath_a_mask_stay_where_transparency_is_no_shape(tmp_path):
+    picture = Image.fromarray(COFFEE[:64, :96]).convert("RGBA")
+    picture.putalpha(0)
+    path = saved(tmp_path, picture)
+    assert (pixels(path, whole(picture)) == 255).all()
+    assert np.array_equal(pixels(path, whole(picture), matted=False), COFFEE[:64, :96])
