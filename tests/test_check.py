@@ -198,9 +198,9 @@ def test_the_lora_to_go_on_from_is_never_the_one_written(settings, lora, tmp_pat
     assert "is the file in LoRA network weights (network_weights)" in one(settings | change)
 
 
-def test_a_file_that_would_be_replaced_is_told(settings, tmp_path):
+def test_a_file_that_is_in_the_way_is_told(settings, tmp_path):
     (tmp_path / "last.safetensors").touch()
-    assert "will be replaced" in one(settings | {"output_dir": str(tmp_path), "output_name": "last"}, "warning")
+    assert "will be kept" in one(settings | {"output_dir": str(tmp_path), "output_name": "last"}, "warning")
 
 
 # Buckets

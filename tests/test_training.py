@@ -432,3 +432,13 @@ def test_gradient_checkpointing_keeps_less_for_the_backward_pass(settings, tmp_p
         return kept
 
     assert kept_bytes(True) < kept_bytes(False) / 2
+
+
+def test_a_file_of_an_earlier_run_is_kept_under_a_name_with_its_date(settings, train, tmp_path):
+    train(settings | {"max_train_steps": 1})
+    first = (tmp_path / "out" / "photo.safetensors").read_bytes()
+    _, events, _ = train(settings | {"max_train_steps": 2})
+    kept = next((tmp_path / "out").glob("photo-of-*.safetensors"))
+    assert kept.read_bytes() == first
+    assert (tmp_path / "out" / "photo.safetensors").read_bytes() != first
+    assert any(kept.name in event["message"] for event in of_type(events, "warning"))

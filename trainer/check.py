@@ -339,7 +339,7 @@ def _output(config: Config) -> Iterator[Problem]:
     else:
         yield _problem(
             "output_name",
-            f'"{shown(file)}" exists already and will be replaced. Choose another name to keep it.',
+            f'"{shown(file)}" exists already; it will be kept under a name with its date.',
             "warning",
         )
 

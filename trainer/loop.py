@@ -14,7 +14,7 @@ import torch
 from trainer import checkpoint, objective, optim, state
 from trainer.data.feed import Batch
 from trainer.errors import Stopped, TrainingError
-from trainer.events import Ended, Phase, Saved, Step
+from trainer.events import Ended, Phase, Saved, Step, Warned
 from trainer.pictures import draw_samples
 from trainer.prepare import Session, memory_bytes
 from trainer.randomness import set_torch_to
@@ -162,6 +162,9 @@ def save(s: Session, step: int, due: Due) -> str:
     s.emit(Phase(f"saving {due.name}"))
     path, epoch = s.output / due.name, s.length.epoch_of(step)
     described = s.description.at(step, epoch, due.name.removesuffix(".safetensors"))
+    if path not in s.written and (kept := checkpoint.set_aside(path)):
+        s.emit(Warned(f'"{path}" was there already and is now "{kept.name}".'))
+    s.written.add(path)
     checkpoint.save_lora(path, s.network, s.config.saving.precision, described)
     log.info("saved %s", path)
     is_last = step == s.length.total_steps

@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Session:
     retention: Retention
     trackers: trackers.Trackers
     first_step: int = 1
+    written: set[Path] = field(default_factory=set)
 
 
 def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = lambda: None) -> Session:

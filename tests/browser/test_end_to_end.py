@@ -60,6 +60,35 @@ def test_load_start_watch_reload_stop_and_start_again_to_the_end(tmp_path, visit
         assert "3 steps" in wait_state(page, "done", patience_s=120)
         with page.expect_download() as download:
             page.get_by_role("button", name="short run ü.safetensors").click()
-        described, names = metadata_and_names(download.value.path())
+        lora = tmp_path / "downloaded.safetensors"
+        download.value.save_as(lora)
+        described, names = metadata_and_names(lora)
         assert described["ss_output_name"] == "short run ü" and described["ss_network_module"] == "networks.lora"
         assert any(name.startswith("lora_unet_") for name in names)
+        assert pictures_differ_in_diffusers(lora)
+
+
+def pictures_differ_in_diffusers(lora):
+    """Load the file into diffusers' own pipeline on the same base; strong, since it learned for three steps only."""
+    import numpy as np
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from trainer import models
+    from trainer.models import clip_tokens
+
+    model = models.load("", "", torch.float32, torch.device("cpu"), 1, 75)
+    parts = (model.vae, model.text_encoder, clip_tokens.tokenizer(), model.unet)
+    scheduler = DDIMScheduler(**model.schedule.config)
+    pipeline = StableDiffusionPipeline(*parts, scheduler, None, None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw():
+        generator = torch.Generator().manual_seed(1)
+        answer = pipeline("a cat", width=64, height=64, num_inference_steps=3, generator=generator)
+        return np.asarray(answer.images[0], dtype=int)
+
+    before = draw()
+    pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
+    pipeline.set_adapters(pipeline.get_active_adapters(), 20.0)
+    return np.abs(draw() - before).max() > 0
