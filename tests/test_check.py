@@ -140,6 +140,7 @@ def test_a_value_that_is_not_allowed_causes_no_second_complaint(settings):
 # Model
 
 
+@pytest.mark.proves("v2", "v_parameterization", "sdxl")
 @pytest.mark.parametrize("key", ["v2", "sdxl", "v_parameterization"])
 def test_a_box_that_contradicts_the_model_names_both(settings, key):
     problem = one(settings | {key: True})
@@ -260,6 +261,7 @@ def test_the_probe_leaves_nothing_behind(tmp_path):
 # Samples
 
 
+@pytest.mark.proves("sample_prompts")
 def test_samples_without_prompts_are_warned_about(settings):
     assert "no samples will be drawn" in one(
         settings | {"sample_every_n_steps": 5, "sample_prompts": "# none"}, "warning"

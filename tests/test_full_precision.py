@@ -36,6 +36,7 @@ def test_full_bf16_holds_weights_gradients_and_optimizer_state_in_bf16(settings,
     assert any(not torch.equal(p, before[name]) for name, p in s.network.named_parameters())
 
 
+@pytest.mark.proves("full_bf16", "full_fp16")
 @pytest.mark.parametrize(
     ("key", "precision"), [("full_bf16", "no"), ("full_bf16", "fp16"), ("full_fp16", "bf16"), ("full_fp16", "no")]
 )

@@ -62,6 +62,7 @@ def test_every_key_of_sd_scripts_is_there(file):
     assert all(isinstance(value, str) for value in metadata.values())
 
 
+@pytest.mark.proves("training_comment")
 def test_the_values_say_what_was_trained(file):
     metadata, _ = file
     assert metadata["ss_network_module"] == "networks.lora"

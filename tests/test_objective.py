@@ -34,6 +34,7 @@ def test_the_target_is_noise_or_velocity(schedule):
     assert torch.equal(objective.target(x, noise, t, schedule), expected)
 
 
+@pytest.mark.proves("noise_offset", "noise_offset_type")
 def test_offset_noise_adds_one_value_per_image_and_channel():
     latents = torch.randn(2, 4, 8, 8)
     torch.manual_seed(3)
@@ -44,6 +45,7 @@ def test_offset_noise_adds_one_value_per_image_and_channel():
     torch.testing.assert_close(noise, plain + 0.1 * shift)
 
 
+@pytest.mark.proves("adaptive_noise_scale")
 def test_the_adaptive_scale_follows_each_channels_mean_and_never_turns_negative():
     latents = torch.zeros(1, 4, 8, 8)
     latents[:, 0] = -2.0
@@ -58,6 +60,7 @@ def test_the_adaptive_scale_follows_each_channels_mean_and_never_turns_negative(
     torch.testing.assert_close(noise[:, 0], plain[:, 0])
 
 
+@pytest.mark.proves("multires_noise_iterations", "noise_offset_type")
 def test_multires_noise_has_unit_variance_and_coarse_parts():
     torch.manual_seed(0)
     latents = torch.zeros(4, 4, 64, 64)
@@ -73,6 +76,7 @@ def test_multires_noise_has_unit_variance_and_coarse_parts():
     assert low(noise) > 3 * low(white)
 
 
+@pytest.mark.proves("multires_noise_discount")
 def test_a_multires_discount_of_zero_means_its_default():
     def noise(discount: float) -> torch.Tensor:
         torch.manual_seed(1)
@@ -90,6 +94,7 @@ def test_offset_settings_have_no_effect_on_the_other_type():
     assert torch.equal(objective.noise_like(plain, Objective(noise_type="Multires", noise_offset=0.5)), plain)
 
 
+@pytest.mark.proves("min_snr_gamma")
 @pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
 def test_min_snr_weights_the_loss_by_the_papers_formula(schedule, gamma):
     t = torch.tensor([1, 250, 999])
@@ -103,6 +108,7 @@ def test_min_snr_weights_the_loss_by_the_papers_formula(schedule, gamma):
         assert float(loss[i]) == pytest.approx(mse * min(snr, gamma) / divisor, rel=1e-4)
 
 
+@pytest.mark.proves("prior_loss_weight")
 def test_prior_weights_multiply_each_images_own_loss(schedule):
     x, y, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([5, 5])
     plain = objective.loss_per_image(x, y, t, torch.ones(2), schedule, Objective())

@@ -282,6 +282,7 @@ def test_arguments_reach_the_optimizer_quoted_or_not():
         assert tuple(made["betas"]) == (0.9, 0.99)
 
 
+@pytest.mark.proves("optimizer_args")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_unknown_argument_is_refused_with_the_list_of_valid_ones(name):
     with pytest.raises(ConfigError, match=r"\(optimizer_args\).*no argument wieght_decay.*weight_decay"):

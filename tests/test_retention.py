@@ -37,6 +37,7 @@ def at(*steps, kind=".safetensors"):
     return [f"photo-step{step:08d}{kind}" for step in steps]
 
 
+@pytest.mark.proves("save_last_n_steps")
 def test_files_older_than_the_last_n_steps_are_deleted(settings, train, tmp_path, monkeypatch):
     """The contract's example, a hundredth as long: of 6 steps each is saved, the last 3 are kept."""
     seen = listing(monkeypatch, tmp_path / "out")
@@ -45,6 +46,7 @@ def test_files_older_than_the_last_n_steps_are_deleted(settings, train, tmp_path
     assert names(tmp_path / "out") == [*at(3, 4, 5), "photo.safetensors"]
 
 
+@pytest.mark.proves("save_last_n_steps_state")
 def test_states_have_their_own_number_of_last_steps(settings, train, tmp_path, monkeypatch):
     seen = listing(monkeypatch, tmp_path / "out")
     train(
@@ -56,6 +58,7 @@ def test_states_have_their_own_number_of_last_steps(settings, train, tmp_path, m
     assert seen[5] == sorted(at(2, 3, 4, 5) + at(4, 5, kind="-state"))
 
 
+@pytest.mark.proves("save_last_n_epochs", "save_last_n_epochs_state")
 @pytest.mark.parametrize(
     ("own", "kept"),
     [({}, ["photo-000003-state", "photo-000004-state"]), ({"save_last_n_epochs_state": 1}, ["photo-000004-state"])],
@@ -123,6 +126,7 @@ def test_the_files_of_the_steps_are_those_that_sd_scripts_keeps(tmp_path_factory
         assert {int(p.name) for p in folder.iterdir()} == theirs
 
 
+@pytest.mark.proves("save_last_n_epochs")
 @hypothesis_settings(deadline=None, max_examples=50)
 @given(every=st.integers(1, 5), last=st.integers(1, 9), total=st.integers(1, 30))
 def test_the_files_of_the_epochs_are_those_that_sd_scripts_keeps(tmp_path_factory, every, last, total):

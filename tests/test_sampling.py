@@ -15,6 +15,7 @@ def model(tiny_model):
     return models.load(str(tiny_model), "", torch.float32, torch.device("cpu"), 1, 75)
 
 
+@pytest.mark.proves("sample_sampler")
 @pytest.mark.parametrize("name", sampling.SAMPLERS)
 def test_every_sampler_draws_a_picture_of_the_asked_size(model, name):
     image = sampling.draw(model, Prompt("a cat", steps=4), name, (64, 96), seed=1)

@@ -63,6 +63,7 @@ CASES = {
 }
 
 
+@pytest.mark.proves("resume")
 @pytest.mark.parametrize("case", CASES)
 def test_a_training_resumed_twice_is_the_one_that_never_stopped_bit_for_bit(settings, train, tmp_path, stop_at, case):
     out = tmp_path / "out"
@@ -89,6 +90,7 @@ def test_a_training_resumed_twice_is_the_one_that_never_stopped_bit_for_bit(sett
     assert header["parts"] == other["parts"]
 
 
+@pytest.mark.proves("save_state")
 def test_a_state_stands_beside_every_saved_file_under_sd_scripts_names(settings, train, tmp_path):
     settings |= {"epoch": 2, "save_every_n_steps": 5, "save_state": True}
     _, events, _ = train(settings)
@@ -100,6 +102,7 @@ def test_a_state_stands_beside_every_saved_file_under_sd_scripts_names(settings,
     assert all(state.read(tmp_path / "out" / path).step == step for step, path in states)
 
 
+@pytest.mark.proves("save_state_on_train_end")
 def test_a_state_at_the_end_alone_is_written_when_asked_for(settings, train, tmp_path, stop_at):
     settings |= {"save_state_on_train_end": True, "save_every_n_steps": 2}
     train(settings)

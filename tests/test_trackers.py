@@ -238,6 +238,7 @@ def test_the_switch_of_older_presets_chooses_weights_and_biases(key, value, now)
     assert kohya.read({key: value}).values == {"log_with": now}
 
 
+@pytest.mark.proves("log_tracker_name")
 def test_runs_of_one_name_have_curves_of_their_own(settings, tmp_path):
     from trainer import schema
 

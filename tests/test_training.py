@@ -19,6 +19,15 @@ def of_type(events, name):
     return [event for event in events if event["type"] == name]
 
 
+@pytest.mark.proves(
+    "pretrained_model_name_or_path",
+    "train_data_dir",
+    "output_dir",
+    "output_name",
+    "LoRA_type",
+    "network_dim",
+    "network_alpha",
+)
 def test_a_training_ends_with_a_lora_under_kohyas_names(settings, train, tmp_path):
     code, events, folder = train(settings)
     assert code == EXIT_DONE
@@ -37,6 +46,7 @@ def test_a_training_ends_with_a_lora_under_kohyas_names(settings, train, tmp_pat
     assert "step 6/6" in (folder / "log.txt").read_text()
 
 
+@pytest.mark.proves("seed")
 def test_the_same_seed_gives_the_same_tensors_bit_for_bit(settings, train, tmp_path):
     settings |= {"flip_aug": True, "shuffle_caption": True, "caption_dropout_rate": 0.3, "noise_offset": 0.05}
     train(settings)
@@ -49,6 +59,7 @@ def test_the_same_seed_gives_the_same_tensors_bit_for_bit(settings, train, tmp_p
     assert not all(torch.equal(first[k], third[k]) for k in first)
 
 
+@pytest.mark.proves("seed")
 def test_without_a_seed_a_random_one_is_used_logged_and_stored(settings, train, tmp_path):
     _, events, _ = train(settings | {"seed": "", "max_train_steps": 1})
     seed = of_type(events, "started")[0]["seed"]
@@ -56,6 +67,7 @@ def test_without_a_seed_a_random_one_is_used_logged_and_stored(settings, train, 
         assert file.metadata()["ss_seed"] == str(seed)
 
 
+@pytest.mark.proves("gradient_accumulation_steps", "train_batch_size")
 def test_two_accumulated_batches_make_the_gradient_of_their_mean(settings, tmp_path):
     from trainer import loop
 
@@ -88,6 +100,7 @@ def prepared(settings, tmp_path):
     return prepare(schema.parse(settings), Run(tmp_path), lambda event: None)
 
 
+@pytest.mark.proves("gradient_checkpointing")
 def test_gradient_checkpointing_changes_nothing_but_memory(settings, tmp_path):
     from trainer import loop
     from trainer.randomness import set_torch_to
@@ -111,6 +124,7 @@ def test_accumulation_takes_fewer_steps_across_epochs(settings, train):
     assert [e["step"] for e in of_type(events, "step")] == [1, 2, 3]
 
 
+@pytest.mark.proves("epoch", "max_train_epochs", "max_train_steps")
 def test_max_train_epochs_and_steps_limit_the_training(settings, train):
     _, events, _ = train(settings | {"epoch": 5, "max_train_epochs": "1"})
     assert of_type(events, "started")[0]["total_steps"] == 6
@@ -118,6 +132,7 @@ def test_max_train_epochs_and_steps_limit_the_training(settings, train):
     assert of_type(events, "started")[0]["total_steps"] == 2
 
 
+@pytest.mark.proves("save_every_n_epochs", "save_every_n_steps", "output_name")
 def test_files_between_have_kohyas_names(settings, train, tmp_path):
     train(settings | {"epoch": 3, "save_every_n_epochs": 2, "save_every_n_steps": 7})
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
@@ -140,6 +155,7 @@ def test_a_rate_of_zero_means_no_modules_for_that_part(settings, train, tmp_path
     assert not any(n.startswith(gone) for n in names)
 
 
+@pytest.mark.proves("learning_rate", "unet_lr", "text_encoder_lr")
 def test_an_empty_rate_is_the_general_one_and_each_part_has_its_own(settings, train):
     _, events, _ = train(
         settings
@@ -156,6 +172,7 @@ def test_an_empty_rate_is_the_general_one_and_each_part_has_its_own(settings, tr
     assert step["text_encoder_lr"] == pytest.approx(2e-5)
 
 
+@pytest.mark.proves("stop_text_encoder_training")
 def test_the_text_encoder_stops_at_its_share_of_the_steps(settings, train, tmp_path):
     train(settings | {"stop_text_encoder_training": 50, "save_every_n_steps": 1, "optimizer_args": "weight_decay=0.5"})
     files = [load_file(tmp_path / "out" / f"photo-step{n:08d}.safetensors") for n in range(1, 6)]
@@ -170,6 +187,7 @@ def test_the_text_encoder_stops_at_its_share_of_the_steps(settings, train, tmp_p
     assert not same(2, 3, "lora_unet")
 
 
+@pytest.mark.proves("network_weights")
 def test_training_goes_on_from_a_lora_file_which_stays_as_it_was(settings, train, tmp_path):
     train(settings)
     given = tmp_path / "given.safetensors"
@@ -182,6 +200,7 @@ def test_training_goes_on_from_a_lora_file_which_stays_as_it_was(settings, train
         torch.testing.assert_close(new[name], old[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.proves("dim_from_weights")
 def test_dim_from_weights_takes_rank_and_alpha_from_the_file(settings, train, tmp_path):
     train(settings | {"network_dim": 6, "network_alpha": 3, "max_train_steps": 1})
     shutil.move(tmp_path / "out" / "photo.safetensors", tmp_path / "six.safetensors")
@@ -194,6 +213,7 @@ def test_dim_from_weights_takes_rank_and_alpha_from_the_file(settings, train, tm
     assert {float(t) for k, t in tensors.items() if k.endswith("alpha")} == {3.0}
 
 
+@pytest.mark.proves("save_precision")
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("float", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
 )
@@ -202,6 +222,7 @@ def test_the_file_has_the_asked_precision(settings, train, tmp_path, precision, 
     assert {t.dtype for t in load_file(tmp_path / "out" / "photo.safetensors").values()} == {dtype}
 
 
+@pytest.mark.proves("mixed_precision")
 def test_fp16_on_a_processor_becomes_bf16_with_a_warning(settings, train):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -210,6 +231,7 @@ def test_fp16_on_a_processor_becomes_bf16_with_a_warning(settings, train):
     assert any("bf16 is used instead" in e["message"] for e in of_type(events, "warning"))
 
 
+@pytest.mark.proves("sample_every_n_steps", "sample_every_n_epochs", "sample_prompts")
 def test_samples_are_drawn_before_training_and_when_they_are_due(settings, train):
     prompts = "a cat --s 2 --d 5\n# not this\na dog --n bad --w 96 --h 64 --s 2"
     _, events, folder = train(
@@ -277,6 +299,7 @@ def test_bad_settings_are_refused_with_all_reasons_before_anything_is_loaded(set
     assert "learning_rate" in message
 
 
+@pytest.mark.proves("cache_latents_to_disk")
 def test_latents_from_disk_train_as_those_in_memory(settings, train, tmp_path, photographs):
     own = tmp_path / "own photographs"
     shutil.copytree(photographs, own)
@@ -322,6 +345,7 @@ def test_captions_of_different_lengths_train_without_padding(settings, train):
     assert len(of_type(events, "step")) == 2
 
 
+@pytest.mark.proves("cache_latents", "max_data_loader_n_workers")
 def test_uncached_images_train_and_worker_processes_change_nothing(settings, train, tmp_path):
     settings |= {"cache_latents": False, "flip_aug": True, "shuffle_caption": True}
     train(settings | {"max_data_loader_n_workers": 0})
@@ -344,6 +368,7 @@ def test_source_images_and_captions_are_never_touched(settings, train, photograp
     assert state(photographs) == before
 
 
+@pytest.mark.proves("logging_dir")
 def test_tensorboard_files_are_written_where_asked(settings, train, tmp_path):
     train(settings | {"logging_dir": str(tmp_path / "logs"), "max_train_steps": 2})
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -355,6 +380,7 @@ def test_tensorboard_files_are_written_where_asked(settings, train, tmp_path):
     assert {"lr/unet", "lr/text_encoder"} <= set(log.Tags()["scalars"])
 
 
+@pytest.mark.proves("xformers")
 def test_the_log_tells_why_xformers_is_not_used(settings, train):
     _, _, folder = train(settings | {"xformers": "xformers", "max_train_steps": 1})
     assert "xformers is not used" in (folder / "log.txt").read_text()

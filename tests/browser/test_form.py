@@ -186,6 +186,7 @@ def test_a_path_is_picked_in_the_browser_of_folders(server, visit):
     page.wait_for_selector("#lw-changed >> text=1 changed")
 
 
+@pytest.mark.proves("model_list")
 def test_a_model_that_was_found_can_be_picked_and_typing_a_path_ends_the_pick(server, visit):
     page = visit(server)
     page.locator("#field-model_list input").click()

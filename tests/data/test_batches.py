@@ -11,6 +11,7 @@ from trainer.data.batches import balance, batches_per_epoch, epoch_batches
 items = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4)), max_size=30)
 
 
+@pytest.mark.proves("train_batch_size")
 @settings(deadline=None)
 @given(items=items, batch_size=st.integers(1, 7), seed=st.integers(0, 2**63), epoch=st.integers(1, 50))
 def test_every_item_is_seen_as_often_as_it_repeats_in_batches_of_one_bucket(items, batch_size, seed, epoch):

@@ -42,6 +42,7 @@ def test_with_upscaling_a_small_image_is_brought_to_the_area_of_the_resolution()
     assert placement.bucket == placement.resized == (512, 512)
 
 
+@pytest.mark.proves("enable_bucket")
 def test_buckets_off_cover_the_resolution_and_cut_the_rest():
     placement = buckets((512, 384), enable_bucket=False).place((1000, 400))
     assert placement.bucket == (512, 384)
@@ -49,6 +50,7 @@ def test_buckets_off_cover_the_resolution_and_cut_the_rest():
     assert placement.crop == (224, 0)
 
 
+@pytest.mark.proves("bucket_no_upscale", "bucket_reso_steps")
 @settings(deadline=None)
 @given(size=sizes, resolution=resolutions, step=steps)
 def test_without_upscaling_nothing_grows_and_less_than_a_step_is_cut(size, resolution, step):
@@ -139,6 +141,9 @@ def test_an_immense_range_takes_no_time():
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "buckets.json").read_text())
 
 
+@pytest.mark.proves(
+    "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale", "bucket_reso_steps", "max_resolution"
+)
 @pytest.mark.parametrize(
     "case", REFERENCE["settings"], ids=lambda case: "{max_resolution}-{steps}-{max_bucket}-{no_upscale}".format(**case)
 )

@@ -59,6 +59,7 @@ def entries(tmp_path):
     return sorted((tmp_path / cache.FOLDER).iterdir())
 
 
+@pytest.mark.proves("vae_batch_size")
 @pytest.mark.parametrize(("size", "batches"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (8, [5])])
 def test_the_vae_batch_size_is_how_many_images_it_encodes_at_once_and_changes_nothing(pictures, size, batches):
     model = Model()
@@ -75,6 +76,7 @@ def test_only_images_of_one_bucket_are_encoded_together(pictures):
     assert model.batches == [3, 2]
 
 
+@pytest.mark.proves("cache_latents_to_disk")
 def test_the_next_run_reads_the_same_latents_and_encodes_nothing(pictures, tmp_path):
     first, count = encode(pictures)
     assert count == 5

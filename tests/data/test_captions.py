@@ -25,6 +25,7 @@ def test_a_caption_is_left_as_it_is():
     assert set(drawn(Captions())) == {CAPTION}
 
 
+@pytest.mark.proves("shuffle_caption")
 def test_shuffling_gives_every_order_of_the_same_parts():
     orders = set(drawn(Captions(shuffle=True), reads=600))
     assert len(orders) == 24
@@ -33,6 +34,7 @@ def test_shuffling_gives_every_order_of_the_same_parts():
     }
 
 
+@pytest.mark.proves("keep_tokens")
 def test_kept_parts_stay_in_front():
     orders = set(drawn(Captions(shuffle=True, keep_tokens=2), reads=100))
     assert orders == {"sks cat, sitting, roof, evening sky", "sks cat, sitting, evening sky, roof"}
@@ -42,6 +44,7 @@ def test_keeping_more_parts_than_there_are_changes_nothing():
     assert set(drawn(Captions(shuffle=True, keep_tokens=9))) == {"sks cat, sitting, roof, evening sky"}
 
 
+@pytest.mark.proves("caption_dropout_rate")
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_the_share_of_dropped_captions_is_the_rate(rate):
     dropped = drawn(Captions(dropout_rate=rate), reads=10_000).count("")
@@ -52,6 +55,7 @@ def test_a_rate_of_one_drops_all():
     assert set(drawn(Captions(dropout_rate=1))) == {""}
 
 
+@pytest.mark.proves("caption_dropout_every_n_epochs")
 def test_every_nth_epoch_counted_from_one_has_no_captions():
     settings = Captions(dropout_every_n_epochs=3)
     without = [epoch for epoch in range(1, 10) if drawn(settings, reads=1, epoch=epoch) == [""]]
@@ -101,6 +105,7 @@ def test_there_are_reference_captions_for_each_setting():
 WEIGHED = [case for case in REFERENCE["weighted_parse"] if "raises" not in case]
 
 
+@pytest.mark.proves("weighted_captions")
 @pytest.mark.parametrize("case", WEIGHED, ids=lambda case: case["prompt"])
 def test_brackets_weigh_as_in_sd_scripts(case):
     assert weigh(case["prompt"]) == [(text, pytest.approx(weight)) for text, weight in case["result"]]

@@ -45,6 +45,7 @@ def test_the_centre_is_cut_out_at_every_read(picture):
     assert set(corners(feed(picture))) == {(16, 8)}
 
 
+@pytest.mark.proves("random_crop")
 def test_a_random_crop_is_another_place_of_the_image_at_each_read(picture):
     found = corners(feed(picture, random_crop=True))
     assert len(set(found)) > 30
@@ -61,6 +62,7 @@ def test_a_random_crop_shows_the_very_pixels_of_the_image(picture):
     assert torch.equal(((read + 1) * 127.5).round(), image[:, top : top + 64, left : left + 64].float())
 
 
+@pytest.mark.proves("color_aug")
 def test_colour_augmentation_moves_the_hue_a_little_anew_at_each_read(picture):
     image = np.zeros((80, 96, 3), np.uint8)
     image[:, :48] = (200, 40, 40)
@@ -86,12 +88,14 @@ def test_a_third_of_the_circle_makes_red_green():
     assert np.array_equal(with_hue(red, 1.0), red)
 
 
+@pytest.mark.proves("flip_aug")
 def test_flipping_mirrors_about_half_of_the_reads_of_an_image(picture):
     first = [left for left, _ in corners(feed(picture, flip_aug=True))]
     assert set(first) == {16, 79}
     assert 10 < first.count(79) < 30
 
 
+@pytest.mark.proves("flip_aug")
 def test_flipping_takes_the_mirrored_version_of_cached_latents(picture):
     latents = [Latents(torch.zeros(4, 8, 8), torch.ones(4, 8, 8))]
     made = feed(picture, latents, flip_aug=True)
@@ -102,6 +106,7 @@ def test_flipping_takes_the_mirrored_version_of_cached_latents(picture):
     assert {float(plain[n].latents.mean()) for n in range(40)} == {0.0}
 
 
+@pytest.mark.proves("shuffle_caption")
 def test_captions_are_shuffled_anew_at_each_read(picture):
     made = feed(picture, shuffle_caption=True, keep_tokens=1)
     texts = [made[n].captions[0] for n in range(len(made))]
@@ -128,6 +133,7 @@ def test_workers_read_in_processes_of_their_own(picture, reader):
     assert set(reader(feed(picture), range(8))) == {os.getpid()}
 
 
+@pytest.mark.proves("persistent_data_loader_workers")
 def test_persistent_workers_live_on_in_the_next_epoch_and_others_do_not(picture, reader):
     settings = {"max_data_loader_n_workers": 1, "train_batch_size": 20}  # 2 batches an epoch
     once = reader(feed(picture, **settings), range(1, 6))
@@ -147,6 +153,7 @@ def test_with_any_workers_every_batch_comes_once_and_in_order(picture, numbers, 
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
 
 
+@pytest.mark.proves("max_data_loader_n_workers")
 def test_there_are_never_more_workers_than_the_machine_has_threads(picture, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert feed(picture, max_data_loader_n_workers=64).workers() == 3

@@ -55,6 +55,7 @@ def warnings(found):
 # What is found
 
 
+@pytest.mark.proves("train_data_dir")
 def test_a_kohya_folder_gives_repeats_and_captions(tmp_path, put):
     put("10_sks cat/b.jpg", "a cat on a roof")
     put("10_sks cat/a.jpg", of="chelsea")
@@ -88,6 +89,7 @@ def test_names_are_read_as_sd_scripts_reads_them(tmp_path, put, name, repeats, w
     assert (picture.repeats, picture.caption) == (repeats, words)
 
 
+@pytest.mark.proves("caption_extension")
 @pytest.mark.parametrize(
     ("extension", "suffix"), [("", ".caption"), ("txt", ".txt"), (".txt", ".TXT"), (" .cap ", ".cap")]
 )
@@ -138,6 +140,7 @@ def test_hidden_files_and_folders_are_passed_over(tmp_path, put):
 # Regularisation
 
 
+@pytest.mark.proves("reg_data_dir")
 def test_as_many_regularisation_images_as_training_images_are_seen(tmp_path, put):
     put("train/10_cat/a.jpg", "a")
     for name in "abc":

@@ -1,6 +1,7 @@
 import json
 import re
 
+import gradio as gr
 import pytest
 
 from gui import form
@@ -93,3 +94,10 @@ def test_empty_number_boxes_mean_what_the_schema_says():
         if p.kind == "choice":
             entries[key] = p.default
     parse(form.read(entries))
+
+
+def test_a_secret_is_hidden_while_it_is_typed_and_never_filled_in():
+    with gr.Blocks():
+        made = dict(form.widgets("Advanced"))
+    assert made["wandb_api_key"].type == "password"
+    assert made["wandb_api_key"].value == ""

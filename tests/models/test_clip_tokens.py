@@ -20,6 +20,7 @@ def expanded(row):
     return [value for item in row for value in ([item[0]] * item[1] if isinstance(item, list) else [item])]
 
 
+@pytest.mark.proves("max_token_length")
 @pytest.mark.parametrize("case", CAPTIONS["token_ids"]["cases"], ids=lambda case: case["caption"][:30])
 def test_ids_are_those_of_sd_scripts_for_every_length(case):
     if case["caption"] == MOJIBAKE:
@@ -30,6 +31,7 @@ def test_ids_are_those_of_sd_scripts_for_every_length(case):
         assert found.weights is None
 
 
+@pytest.mark.proves("weighted_captions")
 @pytest.mark.parametrize(
     "case", CAPTIONS["weighted_tokens"]["cases"], ids=lambda c: f"{c['prompt'][:20]} {c['max_token_length']}"
 )
@@ -54,6 +56,7 @@ def test_text_is_cleaned_as_clips_own_tokenizer_did(text, cleaned):
     assert clean(text) == cleaned
 
 
+@pytest.mark.proves("no_token_padding")
 def test_without_padding_a_batch_is_as_long_as_its_longest_caption():
     texts = ["a photo of a cat", "a", ""]
     found = tokenize(texts, 75, padded=False)

@@ -33,6 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.proves("pretrained_model_name_or_path")
 def test_a_single_file_and_a_folder_are_the_same_model(tiny_model, folder):
     one, other = load(tiny_model), load(folder)
     for part in ("unet", "vae", "text_encoder"):
@@ -58,6 +59,7 @@ def test_short_texts_have_the_states_of_transformers_own_encoder(tiny_model):
     torch.testing.assert_close(model.text_states(model.tokens(texts)), expected)
 
 
+@pytest.mark.proves("clip_skip")
 def test_clip_skip_two_is_the_layer_before_the_last_through_the_final_norm(tiny_model):
     model = load(tiny_model, clip_skip=2)
     _, _, reference = tiny.modules()
@@ -66,6 +68,7 @@ def test_clip_skip_two_is_the_layer_before_the_last_through_the_final_norm(tiny_
     torch.testing.assert_close(model.text_states(model.tokens(["a cat"])), expected)
 
 
+@pytest.mark.proves("max_token_length")
 @pytest.mark.parametrize(("tokens", "length"), [(75, 77), (150, 152), (225, 227)])
 def test_long_texts_are_joined_from_chunks_with_their_own_marks(tiny_model, tokens, length):
     model = load(tiny_model, tokens=tokens)
@@ -111,6 +114,7 @@ def test_encoding_and_decoding_use_the_models_scale(tiny_model):
     torch.testing.assert_close(model.decode(latents), expected)
 
 
+@pytest.mark.proves("vae")
 def test_another_vae_replaces_the_models_own(tiny_model, tmp_path):
     from safetensors.torch import save_file
 
@@ -121,6 +125,7 @@ def test_another_vae_replaces_the_models_own(tiny_model, tmp_path):
     assert not torch.equal(load(tiny_model).vae.encoder.conv_in.weight, vae.encoder.conv_in.weight)
 
 
+@pytest.mark.proves("xformers")
 def test_attention_processors_give_the_same_answer(tiny_model):
     from diffusers.models.attention_processor import AttnProcessor
 

@@ -26,6 +26,7 @@ def refusal(text, **values):
     return caught.value.problems
 
 
+@pytest.mark.proves("additional_parameters")
 def test_a_known_name_sets_its_field_and_goes_before_the_form():
     config = additional("--max_train_steps 500 --seed=7 --flip_aug --unet_lr 3e-5", seed=1, unet_lr=1e-4)
     assert config.training.max_steps == 500

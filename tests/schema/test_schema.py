@@ -176,3 +176,16 @@ def test_settings_cannot_be_changed_once_they_are_parsed():
 
 def test_defaults_are_json():
     assert json.loads(json.dumps(schema.defaults())) == schema.defaults()
+
+
+def test_every_parameter_has_a_test_that_says_it_proves_its_effect():
+    proved = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                marks = [
+                    d for d in node.decorator_list if isinstance(d, ast.Call) and ast.unparse(d.func).endswith("proves")
+                ]
+                proved |= {argument.value for mark in marks for argument in mark.args}
+    assert set(PARAMETERS) - proved == set()
+    assert proved - set(PARAMETERS) == set()
