@@ -12,9 +12,11 @@ from trainer.schema.declare import Group, Section, parameter
 from trainer.schema.optimizers import OPTIMIZERS, SCHEDULERS, Row
 
 if TYPE_CHECKING:
-    Optimizer = Scheduler = str
+    Optimizer = str
+    Scheduler = str
 else:
-    Optimizer, Scheduler = Literal[tuple(OPTIMIZERS)], Literal[tuple(SCHEDULERS)]
+    Optimizer = Literal[tuple(OPTIMIZERS)]
+    Scheduler = Literal[tuple(SCHEDULERS)]
 SCHEDULED = tuple(name for name, row in OPTIMIZERS.items() if not row.schedule_free)
 WARMING = tuple(name for name in SCHEDULERS if name not in ("constant", "adafactor"))
 CYCLING = ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")
