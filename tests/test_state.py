@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tests.test_training import of_type, prepared
 from trainer import loop, optim, schema, state
 from trainer.errors import StateError
-from trainer.networks import ALGORITHMS
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from trainer.schema.algorithms import USES
 from trainer.schema.optimizers import OPTIMIZERS
 
 
@@ -349,7 +349,7 @@ def test_every_optimizer_goes_on_from_its_state_exactly(name, tmp_path):
     assert all(torch.isfinite(p).all() for p in whole[0].parameters())
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", USES)
 def test_every_network_comes_back_from_its_state_and_answers_the_same(settings, tmp_path, algorithm):
     changes = {"LoRA_type": algorithm, "cache_latents": False, "conv_dim": 2}
     first, second = (prepared(settings | changes | {"seed": seed}, tmp_path) for seed in (1, 2))

@@ -10,13 +10,13 @@ from trainer.schema.network import NetworkType
 
 
 def test_the_types_to_choose_from_are_those_with_a_file():
-    assert set(get_args(NetworkType)) == set(algorithms.USES) == set(networks.ALGORITHMS)
+    assert set(get_args(NetworkType)) == set(algorithms.USES)
 
 
 def test_every_control_that_a_type_uses_exists_and_the_imported_files_say_the_same():
     for label, keys in algorithms.USES.items():
         assert keys - set(PARAMETERS) == set(), label
-        assert keys == networks.ALGORITHMS[label].USES
+        assert keys == networks.algorithm(label).USES
 
 
 def test_the_form_shows_a_types_controls_and_no_other_types():

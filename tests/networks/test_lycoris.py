@@ -50,7 +50,7 @@ def settings_of(request: pytest.FixtureRequest, algorithm: str) -> Settings:
 
 
 def module_for(layer: torch.nn.Module, settings: Settings, rank: int = 2, alpha: float = 1.0) -> torch.nn.Module:
-    return networks.ALGORITHMS[settings.type].module_for(layer, rank, alpha, settings)
+    return networks.algorithm(settings.type).module_for(layer, rank, alpha, settings)
 
 
 def randomised(layer: torch.nn.Module, settings: Settings) -> torch.nn.Module:

@@ -70,6 +70,13 @@ def test_the_trainer_never_imports_the_page_and_the_schema_never_imports_torch()
     assert found.stdout.strip() == "[]", found.stderr
 
 
+def test_a_plain_lora_imports_no_library_of_other_types_or_optimizers():
+    check = "import trainer.loop, trainer.models.sd, trainer.networks.standard, sys"
+    found = "print(sorted({'lycoris', 'wandb', 'tensorboard', 'pytorch_optimizer', 'dadaptation'} & set(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", f"{check}; {found}"], cwd=ROOT, capture_output=True, text=True)
+    assert answer.stdout.strip() == "[]", answer.stderr
+
+
 def test_the_page_imports_of_the_trainer_only_what_needs_no_torch():
     light = {"schema", "kohya", "events", "run", "errors", "paths"}
     for path in (ROOT / "gui").rglob("*.py"):

@@ -7,6 +7,7 @@ kohya's names, attaching, and the groups for the optimizer.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -15,11 +16,14 @@ import torch
 
 from trainer.errors import ModelError
 from trainer.models import Target
-from trainer.networks import locon, loha, lokr, standard
 from trainer.networks.blocks import SizeOf, uniform
+from trainer.schema import algorithms
 from trainer.schema.network import Network as Settings
 
-ALGORITHMS = {module.LABEL: module for module in (standard, locon, loha, lokr)}
+
+def algorithm(label: str) -> Any:
+    """A LoRA type's module. Only this one is imported: some bring libraries that take seconds."""
+    return importlib.import_module(f"trainer.networks.{algorithms.MODULES[label]}")
 
 
 class LoRAModule(Protocol):
@@ -123,7 +127,7 @@ def build(settings: Settings, targets: Mapping[str, Target], parts: set[str], si
     `size_of` tells rank and alpha of each layer; without it, all of attention has the network's.
     """
     size_of = size_of or uniform(settings.rank, settings.alpha)
-    make = ALGORITHMS[settings.type].module_for
+    make = algorithm(settings.type).module_for
     modules: dict[str, torch.nn.Module] = {}
     for name, target in targets.items():
         rank, alpha = size_of(name, target) if target.part in parts else (0, 0)

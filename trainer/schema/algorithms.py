@@ -12,8 +12,8 @@ from pathlib import Path
 NETWORKS = Path(__file__).parent.parent / "networks"
 
 
-def read() -> dict[str, frozenset[str]]:
-    """A LoRA type's label → the preset keys that it uses: LABEL and USES of each algorithm's file."""
+def read() -> dict[str, tuple[str, frozenset[str]]]:
+    """A LoRA type's label → its module's name and the preset keys that it uses, by its LABEL and USES."""
     found = {}
     for path in sorted(NETWORKS.glob("*.py")):
         said = {
@@ -24,11 +24,13 @@ def read() -> dict[str, frozenset[str]]:
             if isinstance(target, ast.Name) and target.id in ("LABEL", "USES")
         }
         if said:
-            found[said["LABEL"]] = frozenset(said["USES"])
+            found[said["LABEL"]] = path.stem, frozenset(said["USES"])
     return found
 
 
-USES: Mapping[str, frozenset[str]] = read()
+_FOUND = read()
+MODULES: Mapping[str, str] = {label: module for label, (module, _) in _FOUND.items()}
+USES: Mapping[str, frozenset[str]] = {label: keys for label, (_, keys) in _FOUND.items()}
 
 
 def types_using(key: str) -> tuple[str, ...]:
