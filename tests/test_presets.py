@@ -24,4 +24,4 @@ def test_a_preset_trains_once_it_has_a_model_and_images(path, train, tiny_model,
 def test_there_is_a_preset_for_each_purpose_and_size_of_memory():
     names = {path.stem for path in PRESETS}
     assert {"first-steps", "sd15-character", "sd15-style", "sd15-concept", "sd15-6gb", "sd15-8gb"} <= names
-    assert {"sd15-12gb", "sd15-24gb", "sd15-locon", "sd15-continue"} <= names
+    assert {"sd15-12gb", "sd15-24gb", "sd15-locon", "sd15-loha", "sd15-lokr"} | {"sd15-continue"} <= names

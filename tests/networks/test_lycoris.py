@@ -305,3 +305,11 @@ def test_a_training_writes_a_file_that_it_can_go_on_from(settings, train, tmp_pa
         assert first.keys() == second.keys()
         assert all(torch.allclose(first[k], second[k], rtol=0, atol=1e-6) for k in first)
         path.unlink()
+
+
+def test_a_lokr_with_the_immense_rank_of_presets_in_the_wild_trains_whole_matrices(settings, train, tmp_path):
+    settings |= {"LoRA_type": "LyCORIS/LoKr", "network_dim": 100000, "conv_dim": 100000, "max_train_steps": 1}
+    assert train(settings)[0] == 0
+    names = load_file(tmp_path / "out" / "photo.safetensors")
+    assert not any("lokr_w1_a" in name or "lokr_w2_a" in name for name in names)
+    assert any("lokr_w2" in name for name in names)

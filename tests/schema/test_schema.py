@@ -163,6 +163,7 @@ def test_all_problems_are_reported_at_once():
         ({"unet_lr": 0, "text_encoder_lr": 0}, ("unet_lr", "text_encoder_lr")),
         ({"learning_rate": 0, "unet_lr": "", "text_encoder_lr": ""}, ("unet_lr", "text_encoder_lr")),
         ({"lr_scheduler": "adafactor", "optimizer": "AdamW"}, ("lr_scheduler", "AdamW")),
+        ({"network_dim": 5000}, ("network_dim", "LoRA_type")),
         ({"cache_latents": False, "cache_latents_to_disk": True}, ("cache_latents_to_disk", "Cache latents")),
         ({"min_bucket_reso": 512, "max_bucket_reso": 256}, ("min_bucket_reso", "Maximum bucket")),
         ({"cache_latents": True, "color_aug": True}, ("color_aug", "Cache latents")),

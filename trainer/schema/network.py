@@ -45,7 +45,7 @@ class Network(Group):
         a character or object, 16–64 for a style with many motifs. Too high learns backgrounds and
         flaws as well.""",
         ge=1,
-        le=4096,
+        le=1_000_000,
         when={"dim_from_weights": False},
     )
     alpha: float = parameter(
@@ -66,7 +66,7 @@ class Network(Group):
         """The rank of the 3×3 convolutions. They hold textures and need less than attention does: half of Network
         Rank or under, for instance 4. 0: they are left alone.""",
         ge=0,
-        le=4096,
+        le=1_000_000,
         when={"dim_from_weights": False},
     )
     conv_alpha: float = parameter(

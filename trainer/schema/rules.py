@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from trainer.schema.optim import Optim
 
 
+MOST_RANK = 4096
+
+
 def conflicts(config: Config) -> Iterator[Problem]:
     """Each bad combination; the message names both controls. Errors refuse the start."""
     network, training, captions = config.network, config.training, config.captions
@@ -24,6 +27,16 @@ def conflicts(config: Config) -> Iterator[Problem]:
             "DIM from weights",
             "needs a file in LoRA network weights (network_weights), which is empty. Name one or switch it off.",
         )
+    ranks = {"network_dim": ("Network Rank (Dimension)", network.rank)}
+    ranks["conv_dim"] = ("Convolution Rank (Dimension)", network.conv_rank)
+    for key, (label, rank) in ranks.items():
+        if rank > MOST_RANK and network.type != "LyCORIS/LoKr" and not network.dim_from_weights:
+            yield Problem(
+                key,
+                label,
+                f"{rank} is more than a layer of LoRA type (LoRA_type) {network.type} can use; it must be "
+                f"{MOST_RANK} or less. Only LyCORIS/LoKr takes such a number, for whole matrices.",
+            )
     if not network.dim_from_weights and network.alpha > network.rank:
         yield Problem(
             "network_alpha",
