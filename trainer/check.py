@@ -32,6 +32,9 @@ from trainer.schema.algorithms import USES
 from trainer.schema.overrides import with_additional
 from trainer.schema.rules import conflicts, text_encoder_rate, unet_rate
 
+# The LoRA types whose files hold up and down matrices, so that one can go on from another's.
+UP_AND_DOWN = ("Standard", "Kohya LoCon", "LyCORIS/LoCon")
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -212,14 +215,14 @@ def _network_weights(config: Config, model: Found | None) -> Iterator[Problem]:
             f"{PARAMETERS['pretrained_model_name_or_path'].label} (pretrained_model_name_or_path) are {model.width}. "
             "Choose the model that it was trained on, or one of the same family.",
         )
-    if lora.type != (network.type if network.type.startswith("LyCORIS/") else ""):
+    if lora.type != network.type and (lora.type or network.type not in UP_AND_DOWN):
         yield _problem(
             key,
-            f'"{shown(network.weights)}" is of LoRA type (LoRA_type) {lora.type or "Standard or Kohya LoCon"}, and '
+            f'"{shown(network.weights)}" is of LoRA type (LoRA_type) {lora.type or " or ".join(UP_AND_DOWN)}, and '
             f"{network.type} is chosen. Choose the file's, or another file.",
         )
         return
-    if not network.dim_from_weights and not lora.type:
+    if not (network.dim_from_weights or lora.type or network.type.startswith("LyCORIS/")):
         yield from _convolutions(config, lora)
     if not network.dim_from_weights and config.blocks.ranks is None and lora.ranks - {network.rank}:
         ranks = ", ".join(str(rank) for rank in sorted(lora.ranks))

@@ -27,7 +27,7 @@ OLDER_KEYS = {
 }
 
 OLDER_VALUES: dict[str, dict[Any, Any]] = {
-    "LoRA_type": {"LoCon": "Kohya LoCon"},
+    "LoRA_type": {"LoCon": "LyCORIS/LoCon"},
     "xformers": {True: "xformers", False: "none", "true": "xformers", "false": "none", "": "none"},
     "save_precision": {"fp32": "float", "no": "float"},
     "mixed_precision": {"fp32": "no", "float": "no"},
@@ -39,15 +39,12 @@ DESCRIPTION = "description"
 
 # Known to kohya_ss and not supported (yet); beside each the values at which it changes nothing.
 PENDING: dict[str, tuple[Any, ...]] = {
-    "constrain": (),
     "fp8_base": (),
     "log_tracker_config": (),
     "lr_scheduler_type": (),
-    "rescaled": (),
     "sdxl_cache_text_encoder_outputs": (),
     "sdxl_no_half_vae": (True,),
     "train_norm": (),
-    "train_on_input": (True,),
     "unit": (1,),
 }
 _OFF: tuple[Any, ...] = (False, 0, "", None, "0", "0.0", "False")

@@ -31,7 +31,16 @@ from trainer.schema.rules import text_encoder_rate, unet_rate
 
 BASE_VERSIONS = {"sd1": "sd_v1"}
 ARCHITECTURES = {"sd1": "stable-diffusion-v1"}
-LYCORIS_NAMES = {"LyCORIS/LoHa": "loha", "LyCORIS/LoKr": "lokr"}
+LYCORIS_NAMES = {
+    "LyCORIS/LoCon": "locon",
+    "LyCORIS/LoHa": "loha",
+    "LyCORIS/LoKr": "lokr",
+    "LyCORIS/iA3": "ia3",
+    "LyCORIS/GLoRA": "glora",
+    "LyCORIS/Diag-OFT": "diag-oft",
+    "LyCORIS/BOFT": "boft",
+    "LyCORIS/Native Fine-Tuning": "full",
+}
 # What sd-scripts writes for features that are off.
 UNUSED = {
     "ss_caption_tag_dropout_rate": "0.0",
@@ -186,6 +195,9 @@ def _network_arguments(config: Config) -> dict[str, str | float]:
         "use_tucker": settings.tucker or settings.cp,
         "use_scalar": settings.scalar,
         "dora_wd": settings.dora,
+        "train_on_input": settings.on_input if "train_on_input" in USES[settings.type] else None,
+        "constraint": settings.constraint,
+        "rescaled": settings.rescaled,
         "rank_dropout_scale": settings.rank_dropout_scale,
         "conv_dim": str(settings.conv_rank) if convolutions else None,
         "conv_alpha": f"{settings.conv_alpha:g}" if convolutions else None,

@@ -239,6 +239,9 @@ def test_loha_and_lokr_are_told_by_their_names(model):
     loha = read_lora(str(model({f"{n}.hada_w1_b": (rank, 8) for n, rank in zip(names, (4, 2), strict=True)})))
     assert (loha.type, loha.ranks, loha.conv_ranks, loha.parts) == ("LyCORIS/LoHa", {4}, {2}, {"unet"})
     assert read_lora(str(model({f"{names[0]}.lokr_w1": (4, 8)}))).type == "LyCORIS/LoKr"
+    assert read_lora(str(model({f"{names[0]}.oft_blocks": (4, 8, 8)}))).type == "LyCORIS/Diag-OFT"
+    assert read_lora(str(model({f"{names[0]}.oft_blocks": (2, 4, 8, 8)}))).type == "LyCORIS/BOFT"
+    assert read_lora(str(model(LORA | {"lora_unet_x.dora_scale": (4, 1)}))).type == "LyCORIS/LoCon"
 
 
 def test_ranks_parts_and_width_of_a_lora(model):
@@ -251,8 +254,6 @@ def test_ranks_parts_and_width_of_a_lora(model):
     [
         (SD1, "is a base model"),
         ({"unet.down_blocks.0.attn.to_k.lora_A.weight": (4, 8)}, "is a LoRA in diffusers' naming"),
-        ({"lora_unet_x.oft_blocks": (4, 8, 8)}, "is a OFT file"),
-        (LORA | {"lora_unet_x.dora_scale": (4, 1)}, "is a DoRA file"),
         (LORA | {"lora_te1_x.lora_down.weight": (4, 8)}, "is a LoRA for SDXL"),
         ({"classifier.weight": (3, 4)}, "is not a LoRA"),
     ],

@@ -1,4 +1,4 @@
-"""LoHa and LoKr: the identity at the start, the formula of ΔW, files that LyCORIS reads, and what each control does."""
+"""The LyCORIS types: the identity at the start, the formula of ΔW, files that LyCORIS reads, and what each control does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import json
 
 import pytest
 import torch
+from lycoris.modules.boft import ButterflyOFTModule
+from lycoris.modules.diag_oft import DiagOFTModule
+from lycoris.modules.full import FullModule
+from lycoris.modules.glora import GLoRAModule
+from lycoris.modules.ia3 import IA3Module
+from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from safetensors import safe_open
@@ -15,6 +21,7 @@ from tests.networks.test_blocks import full_model_targets
 from trainer import networks, schema
 from trainer.models import Target
 from trainer.networks.blocks import block_of, from_settings
+from trainer.schema.algorithms import USES
 from trainer.schema.network import Network as Settings
 
 LAYERS = {
@@ -28,8 +35,21 @@ VARIANTS = {
     "scalar": {"scalar": True},
     "dora": {"dora": True},
     "both": {"decompose_both": True, "factor": 4},
+    "output": {"on_input": False},
+    "rescaled": {"rescaled": True},
+    "constrained": {"constraint": 0.01, "rescaled": True},
 }
-THEIRS = {"LyCORIS/LoHa": LohaModule, "LyCORIS/LoKr": LokrModule}
+THEIRS = {
+    "LyCORIS/LoCon": (LoConModule, "plain tucker scalar dora"),
+    "LyCORIS/LoHa": (LohaModule, "plain tucker scalar dora"),
+    "LyCORIS/LoKr": (LokrModule, "plain tucker scalar dora both"),
+    "LyCORIS/iA3": (IA3Module, "plain output"),
+    "LyCORIS/GLoRA": (GLoRAModule, "plain scalar"),
+    "LyCORIS/Diag-OFT": (DiagOFTModule, "plain rescaled constrained"),
+    "LyCORIS/BOFT": (ButterflyOFTModule, "plain rescaled constrained"),
+    "LyCORIS/Native Fine-Tuning": (FullModule, "plain"),
+}
+CASES = [(algorithm, variant) for algorithm, (_, variants) in THEIRS.items() for variant in variants.split()]
 
 
 @pytest.fixture(params=LAYERS)
@@ -44,20 +64,22 @@ def algorithm(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=VARIANTS)
-def settings_of(request: pytest.FixtureRequest, algorithm: str) -> Settings:
-    return Settings(type=algorithm, **VARIANTS[request.param])
+@pytest.fixture(params=CASES, ids="-".join)
+def settings_of(request: pytest.FixtureRequest) -> Settings:
+    algorithm, variant = request.param
+    return Settings(type=algorithm, **VARIANTS[variant])
 
 
-def module_for(layer: torch.nn.Module, settings: Settings, rank: int = 2, alpha: float = 1.0) -> torch.nn.Module:
+def module_for(layer: torch.nn.Module, settings: Settings, rank: int = 4, alpha: float = 1.0) -> torch.nn.Module:
     return networks.algorithm(settings.type).module_for(layer, rank, alpha, settings)
 
 
 def randomised(layer: torch.nn.Module, settings: Settings) -> torch.nn.Module:
     module = module_for(layer, settings)
     with torch.no_grad():
-        for parameter in module.factors():
-            parameter.normal_(std=0.5)
+        for name, parameter in module.named_parameters():
+            if name not in ("scalar", "dora_scale"):
+                parameter.normal_(std=0.5)
         if settings.scalar:
             module.scalar.fill_(0.7)
         if settings.dora:
@@ -65,17 +87,54 @@ def randomised(layer: torch.nn.Module, settings: Settings) -> torch.nn.Module:
     return module
 
 
-def change(saved: dict[str, torch.Tensor], shape: torch.Size, rank: int) -> torch.Tensor:
+def change(saved: dict[str, torch.Tensor], frozen: torch.Tensor, settings: Settings) -> torch.Tensor:
     """ΔW from a file's tensors, as the papers have it."""
     s = {name: tensor.detach() for name, tensor in saved.items()}
+    shape = frozen.shape
+    out = shape[0]
 
     def product(a: str, b: str, t: str) -> torch.Tensor:
         if t in s:
             return torch.einsum("ijkl,ip,jr->prkl", s[t], s[a], s[b])
         return s[a] @ s[b]
 
-    if "hada_w1_a" in s:
+    def rotation(block: torch.Tensor, norm: float) -> torch.Tensor:
+        q = block - block.T
+        if settings.constraint and norm > settings.constraint * out:
+            q = q * settings.constraint * out / norm
+        one = torch.eye(len(q))
+        return torch.linalg.solve(one - q, one + q)
+
+    if "diff" in s:
+        return s["diff"]
+    if "on_input" in s:
+        factors = s["weight"].flatten()
+        return torch.einsum("oi...,i->oi..." if s["on_input"] else "oi...,o->oi...", frozen, factors)
+    if "oft_blocks" in s:
+        norm = float((s["oft_blocks"] - s["oft_blocks"].mT).norm())
+        rescale = s.get("rescale", torch.ones(out, *[1] * (len(shape) - 1)))
+        whole = torch.eye(out)
+        if s["oft_blocks"].ndim == 3:
+            whole = torch.block_diag(*(rotation(block, norm).T for block in s["oft_blocks"]))
+        else:
+            for level, blocks in enumerate(s["oft_blocks"]):
+                near = butterfly(out, 2**level * blocks.shape[-1] // 2)
+                whole = near.T @ torch.block_diag(*(rotation(block, norm) for block in blocks)) @ near @ whole
+        return (whole @ frozen.flatten(1)).view(shape) * rescale - frozen
+    if "a1.weight" in s:
+        a1, a2, b1, b2 = (s[f"{name}.weight"].flatten(1) for name in ("a1", "a2", "b1", "b2"))
+        delta = torch.tensordot(frozen, a1 @ a2, dims=([1], [0])).movedim(-1, 1) + (b1 @ b2).view(shape)
+        rank = len(a2)
+    elif "lora_mid.weight" in s:
+        mid, up, down = (s[f"lora_{name}.weight"] for name in ("mid", "up", "down"))
+        delta = torch.einsum("rskl,or,si->oikl", mid, up[:, :, 0, 0], down[:, :, 0, 0])
+        rank = len(down)
+    elif "lora_down.weight" in s:
+        delta = s["lora_up.weight"].flatten(1) @ s["lora_down.weight"].flatten(1)
+        rank = len(s["lora_down.weight"])
+    elif "hada_w1_b" in s:
         delta = product("hada_w1_a", "hada_w1_b", "hada_t1") * product("hada_w2_a", "hada_w2_b", "hada_t2")
+        rank = 4
     else:
         one = s["lokr_w1"] if "lokr_w1" in s else s["lokr_w1_a"] @ s["lokr_w1_b"]
         two = s["lokr_w2"] if "lokr_w2" in s else product("lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -83,7 +142,14 @@ def change(saved: dict[str, torch.Tensor], shape: torch.Size, rank: int) -> torc
             two = two.reshape(shape[0] // one.shape[0], shape[1] // one.shape[1], *shape[2:])
             one = one[:, :, None, None]
         delta = torch.kron(one, two.contiguous())
+        rank = 4
     return delta.reshape(shape) * float(s["alpha"]) / rank
+
+
+def butterfly(rows: int, distance: int) -> torch.Tensor:
+    """The permutation that brings rows that are `distance` apart side by side, in each run of two distances."""
+    order = torch.arange(rows).view(-1, 2, distance).mT.flatten()
+    return torch.eye(rows)[order]
 
 
 def test_an_untrained_module_changes_nothing(case, settings_of):
@@ -96,11 +162,13 @@ def test_the_output_is_that_of_the_merged_weight(case, settings_of):
     module = randomised(layer, settings_of)
     answer = module(x)
     saved = dict(module.saved())
-    merged = layer.weight + change(saved, layer.weight.shape, 2)
+    merged = layer.weight + change(saved, layer.weight, settings_of)
     if settings_of.dora:
         norms = merged.flatten(1).norm(dim=1).view(-1, *[1] * (merged.ndim - 1))
         merged = merged * saved["dora_scale"].detach() / norms
     layer.weight.copy_(merged)
+    if "diff_b" in saved:
+        layer.bias.add_(saved["diff_b"].detach())
     torch.testing.assert_close(answer, layer(x), rtol=1e-4, atol=1e-4)
 
 
@@ -130,10 +198,15 @@ def test_lycoris_itself_makes_the_same_of_the_file(case, settings_of):
     ):
         pytest.skip("lycoris-lora's own reader takes such files for ones of another size")
     module = randomised(layer, settings_of)
-    theirs = THEIRS[settings_of.type]
+    theirs = THEIRS[settings_of.type][0]
     tensors = {f"x.{name}": tensor for name, tensor in module.saved().items()}
     assert theirs.algo_check(tensors, "x")
-    read = theirs.make_module_from_state_dict("x", layer, *theirs.extract_state_dict(tensors, "x"))
+    given = theirs.extract_state_dict(tensors, "x")
+    if settings_of.type == "LyCORIS/iA3":
+        if settings_of.on_input:
+            pytest.skip("lycoris-lora's own reader takes no file that was trained on the input")
+        given = given[:1]
+    read = theirs.make_module_from_state_dict("x", layer, *given)
     torch.testing.assert_close(read(x), module(x), rtol=1e-4, atol=1e-4)
 
 
@@ -156,6 +229,8 @@ def test_gradients_are_float32_while_the_layer_computes_in_bfloat16(case, settin
 
 def test_a_small_update_is_not_rounded_away_by_large_frozen_weights(settings_of):
     """Frozen weights of 1 and inputs that sum to 0: the frozen answer is 0, and what is left is the update's."""
+    if settings_of.type in ("LyCORIS/iA3", "LyCORIS/Diag-OFT", "LyCORIS/BOFT"):
+        pytest.skip("these change nothing about equal weights and inputs that sum to 0")
     layer = torch.nn.Linear(24, 40, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     layer.weight.fill_(1)
     if settings_of.dora:
@@ -165,7 +240,7 @@ def test_a_small_update_is_not_rounded_away_by_large_frozen_weights(settings_of)
     with torch.no_grad():
         module.limit_norm(0.001)
     x = torch.tensor([1.0, -1.0] * 12, dtype=torch.bfloat16)[None]
-    delta = change(dict(module.saved()), layer.weight.shape, 2)
+    delta = change(dict(module.saved()), layer.weight.float(), settings_of)
     expected = x.float() @ delta.T
     assert not layer(x).any()
     assert 0 < float(delta.abs().max()) < 2**-9  # under half a step of bfloat16 at 1
@@ -196,11 +271,13 @@ def test_strength_zero_is_the_base_bit_for_bit(case, settings_of):
 
 
 def test_a_norm_above_the_limit_is_shrunk_to_it(case, settings_of):
+    if "scale_weight_norms" not in USES[settings_of.type]:
+        pytest.skip("the type has no such control")
     layer, _ = case
     module = randomised(layer, settings_of)
 
     def norm():
-        return float(change(dict(module.saved()), layer.weight.shape, 2).norm())
+        return float(change(dict(module.saved()), layer.weight, settings_of).norm())
 
     assert norm() > 0.1
     with torch.no_grad():
@@ -215,6 +292,8 @@ def test_a_norm_above_the_limit_is_shrunk_to_it(case, settings_of):
 @pytest.mark.proves("rank_dropout", "rank_dropout_scale")
 @pytest.mark.parametrize("scaled", [False, True])
 def test_rank_dropout_leaves_out_rows_of_the_update_and_may_scale_the_rest(algorithm, scaled):
+    if "rank_dropout" not in USES[algorithm]:
+        pytest.skip("the type has no such control")
     torch.manual_seed(0)
     layer = torch.nn.Linear(24, 400).requires_grad_(False)
     module = randomised(layer, Settings(type=algorithm, rank_dropout=0.25, rank_dropout_scale=scaled))
@@ -228,7 +307,9 @@ def test_rank_dropout_leaves_out_rows_of_the_update_and_may_scale_the_rest(algor
     assert float(share[:, ~dropped].median()) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.proves("use_tucker", "use_cp", "decompose_both", "factor", "use_scalar", "dora_wd")
+@pytest.mark.proves(
+    "use_tucker", "use_cp", "decompose_both", "factor", "use_scalar", "dora_wd", "train_on_input", "rescaled"
+)
 @pytest.mark.parametrize(
     ("algorithm", "key", "value", "layer", "shapes"),
     [
@@ -240,13 +321,41 @@ def test_rank_dropout_leaves_out_rows_of_the_update_and_may_scale_the_rest(algor
         ("LyCORIS/LoKr", "decompose_both", True, "linear", {"lokr_w1_a": (5, 2), "lokr_w1_b": (2, 4)}),
         ("LyCORIS/LoHa", "dora", True, "linear", {"dora_scale": (40, 1)}),
         ("LyCORIS/LoHa", "scalar", True, "linear", {"hada_w1_a": (40, 2)}),
+        (
+            "LyCORIS/LoCon",
+            "tucker",
+            True,
+            "conv3",
+            {"lora_down.weight": (2, 24, 1, 1), "lora_mid.weight": (2, 2, 3, 3)},
+        ),
+        ("LyCORIS/LoCon", "tucker", False, "conv3", {"lora_down.weight": (2, 24, 3, 3)}),
+        ("LyCORIS/LoCon", "dora", True, "conv3", {"dora_scale": (40, 1, 1, 1)}),
+        ("LyCORIS/iA3", "on_input", True, "linear", {"weight": (24,)}),
+        ("LyCORIS/iA3", "on_input", False, "linear", {"weight": (40,)}),
+        ("LyCORIS/Diag-OFT", "rescaled", True, "conv3", {"oft_blocks": (20, 2, 2), "rescale": (40, 1, 1, 1)}),
+        # 40 = 8 · 5 rows cannot be cut into blocks under 2 · 5.
+        ("LyCORIS/BOFT", "rescaled", True, "linear", {"oft_blocks": (3, 4, 10, 10), "rescale": (40, 1)}),
     ],
 )
 def test_each_control_shapes_the_file(algorithm, key, value, layer, shapes):
-    made = module_for(LAYERS[layer][0]().requires_grad_(False), Settings(type=algorithm, **{key: value}))
+    made = module_for(LAYERS[layer][0]().requires_grad_(False), Settings(type=algorithm, **{key: value}), rank=2)
     found = {name: tuple(tensor.shape) for name, tensor in made.saved().items()}
     assert {name: found[name] for name in shapes} == shapes
     assert ("scalar" in dict(made.named_parameters())) == (key == "scalar")
+
+
+@pytest.mark.proves("constrain")
+@pytest.mark.parametrize("algorithm", ["LyCORIS/Diag-OFT", "LyCORIS/BOFT"])
+def test_a_constraint_holds_the_rotation_small_and_none_lets_it_grow(algorithm):
+    sizes = []
+    for constraint in (0.0, 0.01, 0.001):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(24, 40).requires_grad_(False)
+        module = randomised(layer, Settings(type=algorithm, constraint=constraint))
+        sizes.append(float(module.get_weight(module.shape).norm() / layer.weight.norm()))
+    assert sizes[0] > 0.5
+    assert sizes[1] < 0.4
+    assert sizes[2] == pytest.approx(sizes[1] / 10, rel=0.1)
 
 
 REACHED = {
@@ -283,7 +392,14 @@ def test_a_lycoris_preset_says_which_layers_of_sd15_are_trained(targets, preset)
 
 @pytest.mark.proves("LoRA_type", "network_weights")
 def test_a_training_writes_a_file_that_it_can_go_on_from(settings, train, tmp_path, algorithm):
-    settings |= {"LoRA_type": algorithm, "network_dim": 2, "network_alpha": 1, "conv_dim": 2, "unet_lr": 1e-2}
+    settings |= {
+        "LoRA_type": algorithm,
+        "network_dim": 2,
+        "network_alpha": 1,
+        "conv_dim": 2,
+        "unet_lr": 1e-2,
+        "max_train_steps": 1,
+    }
     code, _, _ = train(settings)
     assert code == 0
     path = tmp_path / "out" / "photo.safetensors"
@@ -291,15 +407,16 @@ def test_a_training_writes_a_file_that_it_can_go_on_from(settings, train, tmp_pa
         told = file.metadata()
     assert told["ss_network_module"] == "lycoris.kohya"
     arguments = json.loads(told["ss_network_args"])
-    assert (arguments["algo"], arguments["preset"]) == (algorithm.removeprefix("LyCORIS/").lower(), "full")
+    algo = algorithm.removeprefix("LyCORIS/").lower().replace("native fine-tuning", "full")
+    assert (arguments["algo"], arguments["preset"]) == (algo, "full")
     first = load_file(path)
     blocks = {block_of(name) for name in first}
     assert {None, 1, 3, 12, 17} <= blocks
-    assert "lora_unet_conv_in.alpha" in first
+    assert any(name.startswith("lora_unet_conv_in.") for name in first)
     path.rename(tmp_path / "given.safetensors")
     given = {"network_weights": str(tmp_path / "given.safetensors"), "unet_lr": 1e-9, "text_encoder_lr": 1e-9}
     for extra in ({}, {"dim_from_weights": True, "network_dim": 7}):
-        code, _, _ = train(settings | given | {"max_train_steps": 1} | extra)
+        code, _, _ = train(settings | given | extra)
         assert code == 0
         second = load_file(path)
         assert first.keys() == second.keys()

@@ -40,11 +40,24 @@ class Found:
     vae_channels: int | None = None
 
 
+# Parts of tensors' names that tell the LoRA type. DoRA's comes last: other types have it too.
+MARKS = {
+    ".hada_": "LyCORIS/LoHa",
+    ".lokr_": "LyCORIS/LoKr",
+    ".on_input": "LyCORIS/iA3",
+    ".oft_blocks": "LyCORIS/Diag-OFT",
+    ".a1.weight": "LyCORIS/GLoRA",
+    ".diff": "LyCORIS/Native Fine-Tuning",
+    ".lora_mid.": "LyCORIS/LoCon",
+    ".dora_scale": "LyCORIS/LoCon",
+}
+
+
 @dataclass(frozen=True)
 class Lora:
     """A LoRA file: its ranks, those of 3×3 convolutions, its parts ("unet", "text_encoder"), and its U-Net's `width`.
 
-    `type`: the LoRA type that it is of, where its names tell; Standard and Kohya LoCon are both "".
+    `type`: the LoRA type that it is of, where its names tell; "" for up and down matrices, which several write.
     """
 
     type: str
@@ -389,13 +402,12 @@ def read_lora(text: str) -> Lora:
             f'"{shown(path)}" is {what}; its tensors are not named lora_unet_… or lora_te_….',
             "Name a LoRA made by this program, kohya_ss or sd-scripts.",
         )
-    kind = next(
-        (label for mark, label in ((".hada_", "LyCORIS/LoHa"), (".lokr_", "LyCORIS/LoKr")) if mark in names), ""
-    )
-    for mark, what in ((".oft_", "OFT"), (".on_input", "iA3"), *([] if kind else [(".dora_scale", "DoRA")])):
-        if mark in names:
-            raise ModelError(f'"{shown(path)}" is a {what} file, not a Standard LoRA.', "Name a Standard LoRA.")
-    downs = {n: t for n, t in tensors.items() if n.endswith((".lora_down.weight", ".hada_w1_b")) and t.shape}
+    kind = next((label for mark, label in MARKS.items() if mark in names), "")
+    if any(name.endswith(".oft_blocks") and len(tensor.shape) == 4 for name, tensor in tensors.items()):
+        kind = "LyCORIS/BOFT"
+    downs = {
+        n: t for n, t in tensors.items() if n.endswith((".lora_down.weight", ".hada_w1_b", ".b2.weight")) and t.shape
+    }
     if any(name.startswith(("lora_te1_", "lora_te2_")) for name in tensors):
         raise ModelError(f'"{shown(path)}" is a LoRA for SDXL, which is not supported yet.', "Name one for SD 1.x.")
     convolutions = {n: t for n, t in downs.items() if CONVOLUTION.search(n) or t.shape[2:] == (3, 3)}

@@ -16,8 +16,9 @@ DIFFUSERS = re.compile(r"_(down|up)_blocks_(\d+)_(resnets|attentions|downsampler
 ORIGINAL = re.compile(r"^lora_unet_(input_blocks|middle_block|output_blocks)_(\d+)_")
 MIDDLE = 12
 ATTENTION = re.compile(r"_(attn1|attn2|self_attn)_")
-# Tensors whose first size is the rank.
-RANKED = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+# Tensors with the rank as their first size, or the last.
+RANKED = {"lora_down.weight": 0, "hada_w1_b": 0, "lokr_w2_b": 0, "lokr_w1_b": 0, "b2.weight": 0, "oft_blocks": -1}
+RANKLESS = ("on_input", "diff")
 
 
 class Size(NamedTuple):
@@ -71,10 +72,12 @@ def from_file(tensors: Mapping[str, torch.Tensor]) -> SizeOf:
     """The size that each layer has in a LoRA file; none where the file has none."""
 
     def size_of(name: str, target: Target) -> Size:
-        sizes = [tensors[f"{name}.{key}"].shape[0] for key in RANKED if f"{name}.{key}" in tensors]
+        sizes = [tensors[f"{name}.{key}"].shape[at] for key, at in RANKED.items() if f"{name}.{key}" in tensors]
         alpha = float(tensors.get(f"{name}.alpha", torch.tensor(0)))
         if not sizes and f"{name}.lokr_w1" in tensors:  # both of its factors are whole; alpha is the rank asked for
             sizes = [int(alpha)]
+        if any(f"{name}.{key}" in tensors for key in RANKLESS):
+            sizes = [1]
         return Size(sizes[0], alpha or sizes[0]) if sizes else Size(0, 0)
 
     return size_of
@@ -90,6 +93,8 @@ def from_settings(config: Config, weights: Sequence[float] | None) -> SizeOf:
     network, blocks = config.network, config.blocks
     plain = Size(network.rank, network.alpha)
     conv = Size(network.conv_rank if "conv_dim" in USES[network.type] else 0, network.conv_alpha)
+    if "network_dim" not in USES[network.type]:  # the type has no rank
+        conv = plain = Size(1, 1)
     reaches_convolutions = "conv_dim" in USES[network.type] or blocks.conv_ranks is not None
     reached = REACHED[network.reach] if "LyCORIS_preset" in USES[network.type] else None
 

@@ -20,6 +20,7 @@ class Trained:
     """Mixed in before a class of lycoris.modules."""
 
     settings: Settings
+    wd = False
 
     @classmethod
     def of(cls, layer: torch.nn.Module, rank: int, alpha: float, settings: Settings, **arguments: Any) -> Trained:
@@ -38,19 +39,28 @@ class Trained:
         module.settings = settings
         return module.to(layer.weight.device)
 
+    @property
+    def leading(self) -> Any:
+        """The scalar in front of ΔW, in the types that have one."""
+        return getattr(self, "scalar", 1.0)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The frozen layer's output plus ΔW·x; ΔW is made in the factors' precision, then rounded to that of x."""
         output = self.org_forward(x)
         p = self.settings.module_dropout
         if self.multiplier == 0 or (p and self.training and torch.rand(1) < p):
             return output
-        delta = self.get_weight(self.shape) * self.scalar
+        delta = self.get_weight(self.shape) * self.leading
         if self.wd:
             frozen = self.org_weight.float()
             delta = self.apply_weight_decompose(frozen + delta, self.multiplier) - frozen
         else:
             delta = delta * self.multiplier
-        return output + self.op(x, delta.to(x.dtype), None, **self.kw_dict)
+        return output + self.op(x, delta.to(x.dtype), self.bias_change(x.dtype), **self.kw_dict)
+
+    def bias_change(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is added to the layer's bias, where a type trains that."""
+        return None
 
     def get_weight(self, shape: Any) -> torch.Tensor:
         """ΔW without scalar and DoRA. While training, rows are left out at random."""
@@ -67,23 +77,34 @@ class Trained:
         """The tensors that ΔW is a product of."""
         return [p for name, p in self.named_parameters() if name not in ("scalar", "dora_scale")]
 
+    def degree(self) -> int:
+        """ΔW is multiplied by aⁿ when all factors are by a; this n."""
+        return len(self.factors())
+
     def limit_norm(self, largest: float) -> None:
         """Shrink all factors alike, so that |ΔW| is at most `largest` (Frobenius)."""
-        norm = (super().get_weight(self.shape) * self.scalar).norm()
+        norm = (super().get_weight(self.shape) * self.leading).norm()
         factors = self.factors()
-        share = (largest / norm).clamp(max=1) ** (1 / len(factors))
+        share = (largest / norm).clamp(max=1) ** (1 / self.degree())
         for factor in factors:
             factor.mul_(share.to(factor.dtype))
 
     def saved(self) -> Mapping[str, torch.Tensor]:
         """The tensors of a LoRA file, as every program that reads LyCORIS files expects them."""
-        return super().custom_state_dict()
+        theirs = super().custom_state_dict()
+        return self.state_dict() if theirs is None else theirs
 
     def take(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over the tensors of a LoRA file, in which the scalar is multiplied in already."""
+        own = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         for name, tensor in tensors.items():
-            getattr(self, name).copy_(tensor)
-        self.scalar.fill_(1)
+            own[name].copy_(tensor)
+        if hasattr(self, "scalar"):
+            self.scalar.fill_(1)
+        self.taken()
+
+    def taken(self) -> None:
+        """What follows from a file's tensors beyond themselves."""
         self.scale = float(self.alpha) / self.lora_dim
 
     def custom_state_dict(self) -> None:

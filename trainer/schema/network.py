@@ -4,7 +4,18 @@ from typing import Literal
 
 from trainer.schema.declare import Group, Section, parameter
 
-NetworkType = Literal["Standard", "Kohya LoCon", "LyCORIS/LoHa", "LyCORIS/LoKr"]
+NetworkType = Literal[
+    "Standard",
+    "Kohya LoCon",
+    "LyCORIS/LoCon",
+    "LyCORIS/LoHa",
+    "LyCORIS/LoKr",
+    "LyCORIS/iA3",
+    "LyCORIS/GLoRA",
+    "LyCORIS/Diag-OFT",
+    "LyCORIS/BOFT",
+    "LyCORIS/Native Fine-Tuning",
+]
 Reach = Literal["attn-mlp", "attn-only", "full", "full-lin", "unet-transformer-only", "unet-convblock-only"]
 
 
@@ -17,7 +28,10 @@ class Network(Group):
         """Standard adds two small matrices to every attention layer: small files, works
         everywhere, the right start. Kohya LoCon adds them to the convolutions as well: two to three
         times the size, better at textures and styles. LyCORIS/LoHa holds more in the same size and wants small
-        ranks (4–8) and more steps; LyCORIS/LoKr makes the smallest files.""",
+        ranks (4–8) and more steps; LyCORIS/LoKr makes the smallest files but for LyCORIS/iA3, which only scales what is
+        there (rates of 5e-3 and more). LyCORIS/LoCon is Kohya LoCon with DoRA and more to choose; LyCORIS/GLoRA adds
+        a second pair of matrices. LyCORIS/Diag-OFT and BOFT turn weights instead of adding to them, which keeps more
+        of the model. LyCORIS/Native Fine-Tuning trains everything: a file as large as the model, much memory.""",
     )
     weights: str = parameter(
         "network_weights",
@@ -132,6 +146,29 @@ class Network(Group):
         Section.RANK,
         """Train the length of each row of weights apart from its direction (DoRA). Often closer to full training
         at small ranks; slower, and wants a lower learning rate.""",
+    )
+    on_input: bool = parameter(
+        "train_on_input",
+        True,
+        "iA3 train on input",
+        Section.RANK,
+        """iA3 scales what comes into each layer. Off: what goes out of it.""",
+    )
+    constraint: float = parameter(
+        "constrain",
+        0.0,
+        "Constrain OFT",
+        Section.RANK,
+        """How far the weights may be turned: the rotations' size is held at this × the layer's outputs. 0.001 is a
+        tight bound, 0.01 a loose one; 0: none.""",
+        ge=0,
+    )
+    rescaled: bool = parameter(
+        "rescaled",
+        False,
+        "Rescaled OFT",
+        Section.RANK,
+        """Train the length of each row of weights as well as its direction.""",
     )
     max_norm: float = parameter(
         "scale_weight_norms",
