@@ -256,7 +256,7 @@ def full_model_targets() -> dict[str, Target]:
 
 @pytest.mark.proves("LoRA_type", "conv_dim")
 def test_a_locons_conv_rank_0_leaves_the_3x3_convolutions_alone(settings, train, tmp_path):
-    locon = {"LoRA_type": "LoCon", "conv_dim": 0, "max_train_steps": 1}
+    locon = {"LoRA_type": "Kohya LoCon", "conv_dim": 0, "max_train_steps": 1}
     train(settings | locon)
     tensors = load_file(tmp_path / "out" / "photo.safetensors")
     assert not any(t.shape[2:] == (3, 3) for t in tensors.values())
