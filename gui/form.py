@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from gui.gradio_import import gr
 from trainer.errors import ConfigError, Problem
-from trainer.schema import PARAMETERS, Parameter, Section, parse
+from trainer.schema import PARAMETERS, Config, Parameter, Section, parse
 
 Shown = str | bool
 
@@ -25,13 +27,15 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def shown(parameter: Parameter, value: Any) -> Shown:
-    """What the widget shows for a preset's value. A switch that cannot read it shows its default."""
+    """What the widget shows for a preset's value. A switch that cannot read it shows its default.
+
+    The value is read for itself: what it means beside other settings is the check's to say.
+    """
     if parameter.kind == "switch":
         try:
-            config = parse({parameter.key: value})
-        except ConfigError:
+            return bool(getattr(group(parameter).model_validate({parameter.key: value}), parameter.name))
+        except ValidationError:
             return bool(parameter.default)
-        return bool(getattr(getattr(config, parameter.group), parameter.name))
     if value is None:
         return ""
     if isinstance(value, float) and not math.isnan(value):
@@ -39,6 +43,13 @@ def shown(parameter: Parameter, value: Any) -> Shown:
             return str(int(value))
         return repr(value).replace("e-0", "e-").replace("e+0", "e")
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def group(parameter: Parameter) -> type[BaseModel]:
+    """The part of the settings that a parameter belongs to."""
+    annotation = Config.model_fields[parameter.group].annotation
+    assert isinstance(annotation, type)
+    return annotation
 
 
 def held(parameter: Parameter, entry: Any) -> Any:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.proofs import Proofs
 
         config.pluginmanager.register(Proofs(config.getoption("--proofs")), "proofs")
+
+
+def forget_accelerator() -> None:
+    """Outside of tests one process trains once, and accelerate keeps its precision."""
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def _a_test_does_not_see_the_accelerator_of_another() -> Iterator[None]:
+    yield
+    forget_accelerator()
 
 
 @pytest.fixture(scope="session")
@@ -77,8 +90,6 @@ def settings(tiny_model: Path, photographs: Path, tmp_path: Path) -> dict[str, A
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., Any]:
     """Train with a preset in this process; returns (exit code, the run's events, its folder)."""
-    from accelerate.state import AcceleratorState
-
     from trainer import events
     from trainer.__main__ import main
 
@@ -91,7 +102,7 @@ def train(tmp_path: Path) -> Callable[..., Any]:
         path.write_text(json.dumps(preset))
         folder = tmp_path / f"run{count}"
         code = main(["train", str(path), "--run", str(folder), *arguments])
-        AcceleratorState._reset_state(reset_partial_state=True)  # one process trains once, outside tests
+        forget_accelerator()
         stream = [event for event, _ in events.read(folder / "events.jsonl")] if folder.exists() else []
         return code, stream, folder
 

@@ -101,3 +101,10 @@ def test_a_secret_is_hidden_while_it_is_typed_and_never_filled_in():
         made = dict(form.widgets("Advanced"))
     assert made["wandb_api_key"].type == "password"
     assert made["wandb_api_key"].value == ""
+
+
+@pytest.mark.parametrize("key", [key for key, p in PARAMETERS.items() if p.kind == "switch"])
+@pytest.mark.parametrize("value", [True, False, "true", "0", 1.0])
+def test_every_switch_of_a_preset_is_shown_as_it_stands_whatever_the_other_settings(key, value):
+    expected = value in (True, "true", 1.0)
+    assert form.read(form.fill({key: value}))[key] is expected
