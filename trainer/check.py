@@ -172,6 +172,15 @@ def _model(config: Config) -> tuple[Found | None, list[Problem]]:
     except LorawrightError as error:
         return None, [_problem(key, error)]
     wrong = []
+    if not config.model.path.strip() and config.folders.images.strip() and "embedded:" not in config.folders.images:
+        wrong.append(
+            _problem(
+                key,
+                "is empty, so your images would train the small embedded demo model, whose LoRAs fit no other. "
+                "Choose your base model.",
+                "warning",
+            )
+        )
     the_model = f"but {PARAMETERS[key].label} ({key}) is {found.what}"
     for name, family in (("v2", "sd2"), ("sdxl", "sdxl")):
         if getattr(config.model, name) and found.family != family:

@@ -44,7 +44,7 @@ class StateError(LorawrightError):
 
 
 class TrainingError(LorawrightError):
-    """`kind` is set per case: not_a_number, out_of_memory, disk_full."""
+    """`kind` is set per case: not_a_number, disk_full."""
 
     def __init__(self, kind: str, message: str, hint: str = "") -> None:
         super().__init__(message, hint)

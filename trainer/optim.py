@@ -1,4 +1,4 @@
-"""Optimizers and schedulers, one row each."""
+"""Makes optimizers (the rows are in trainer/schema/optimizers.py) and schedulers."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
@@ -265,9 +265,8 @@ def _groups(config: Config, network: Network) -> list[dict[str, Any]]:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: of the GPU, or of this process where there is none."""
+    """Memory of the training: the most so far on a GPU, or what this process has now where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+    memory = psutil.Process().memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss))

@@ -87,7 +87,7 @@ class Live {
   idle() {
     this.state = null;
     this.pill("idle", "no run yet");
-    this.say("Load a preset, press Start training, and watch it here.");
+    this.say("Press Start training, and watch it here.");
     this.progress(0, 0);
     this.buttons();
     byId("lw-run").textContent = "";

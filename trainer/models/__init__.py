@@ -3,9 +3,9 @@
 A family's class has what the loop, the samples and the networks need, so that they never ask
 which family it is:
 
-    unet, vae, text_encoders        the modules; frozen, in the compute dtype
+    unet, vae, text_encoder         the modules; frozen, in the compute dtype
     schedule                        the noise schedule and what is predicted
-    trained_parts()                 {"unet": …, "text_encoder": …} for the network to attach to
+    targets()                       the layers that a network may attach to, by kohya's name
     targets()                       kohya's name → Target, of every layer that a network may attach to
     tokens(captions, weighted, padded), text_states(tokens), predict(latents, timesteps, states)
     encode(pixels), decode(latents)

@@ -79,7 +79,7 @@ def locate(source: str) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source.strip()) and not source.strip().startswith("."):
         raise ModelError(
             f'"{source.strip()}" is the name of a model on huggingface.co; nothing is loaded from the network here.',
-            f"Download it (huggingface-cli download {source.strip()} --local-dir FOLDER) and enter that folder.",
+            f"Download it (hf download {source.strip()} --local-dir FOLDER) and enter that folder.",
         )
     raise ModelError(_sentence(absent(source.strip() or str(path), "file or folder")))
 

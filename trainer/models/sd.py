@@ -83,10 +83,6 @@ class StableDiffusion:
         schedule = Schedule.of(configs["scheduler"]).to(device)
         return cls(unet, autoencoder, text_encoder, schedule, dtype, device, clip_skip, max_tokens)
 
-    def trained_parts(self) -> dict[str, torch.nn.Module]:
-        """The modules that a network may attach to, by the part's name."""
-        return {"text_encoder": self.text_encoder, "unet": self.unet}
-
     def targets(self) -> dict[str, Target]:
         """Kohya's name → every layer that a network may attach to.
 

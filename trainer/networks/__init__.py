@@ -2,7 +2,7 @@
 
 An algorithm's file says which controls it uses (`USES`, read by the schema) and builds one
 layer's module (`module_for`). `Network` is what they share: the walk over the model's layers,
-kohya's names, attaching, and the groups for the optimizer.
+kohya's names, attaching, reading and writing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -24,15 +24,6 @@ from trainer.schema.network import Network as Settings
 def algorithm(label: str) -> Any:
     """A LoRA type's module. Only this one is imported: some bring libraries that take seconds."""
     return importlib.import_module(f"trainer.networks.{algorithms.MODULES[label]}")
-
-
-class LoRAModule(Protocol):
-    """One layer's addition: forward(x) is the frozen layer's output plus the update's."""
-
-    multiplier: float
-    alpha: torch.Tensor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
 class Network(torch.nn.Module):

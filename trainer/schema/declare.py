@@ -63,6 +63,7 @@ class Parameter:
     default: Any
     minimum: float | None
     maximum: float | None
+    above: float | None
     choices: tuple[str, ...]
     when: Mapping[str, tuple[Any, ...]]
     blank: str | None
@@ -77,6 +78,8 @@ class Parameter:
             return "on or off"
         if self.kind in ("integer", "number"):
             noun = "a whole number" if self.kind == "integer" else "a number"
+            if self.above is not None:
+                noun += f" above {self.above:g}"
             if self.minimum is not None and self.maximum is not None:
                 noun += f" from {self.minimum:g} to {self.maximum:g}"
             elif self.minimum is not None:
@@ -110,8 +113,9 @@ def parameter(
         "when": shown,
         "blank": blank,
         "placeholder": placeholder,
-        "minimum": ge if ge is not None else gt,
+        "minimum": ge,
         "maximum": le,
+        "above": gt,
     }
     return Field(default, alias=key, ge=ge, gt=gt, le=le, json_schema_extra=extra)
 
@@ -207,6 +211,7 @@ def describe(group: str, name: str, field: FieldInfo) -> Parameter:
         default=field.default,
         minimum=extra["minimum"],  # type: ignore[arg-type]
         maximum=extra["maximum"],  # type: ignore[arg-type]
+        above=extra["above"],  # type: ignore[arg-type]
         choices=tuple(get_args(plain)) if kind == "choice" else (),
         when=extra["when"],  # type: ignore[arg-type]
         blank=extra["blank"],  # type: ignore[arg-type]

@@ -33,8 +33,8 @@ class Model(Group):
         False,
         "v2",
         Section.BASE_MODEL,
-        """Tick it for Stable Diffusion 2.x. The file itself is looked at as well: if it is of
-        another family, training is refused with what was found.""",
+        """For Stable Diffusion 2.x, which is not supported yet. The file itself is looked at as well: if it
+        is of another family, training is refused with what was found.""",
     )
     v_parameterization: bool = parameter(
         "v_parameterization",
@@ -49,8 +49,8 @@ class Model(Group):
         False,
         "SDXL",
         Section.BASE_MODEL,
-        """Tick it for SDXL and its children. The file is looked at as well; a contradiction is
-        refused.""",
+        """For SDXL and its children, which are not supported yet. The file is looked at as well; a
+        contradiction is refused.""",
     )
     vae: str = parameter(
         "vae",
