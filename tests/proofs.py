@@ -19,6 +19,7 @@ class Proofs:
         self.path = path
         self._tests: dict[str, set[str]] = {key: set() for key in PARAMETERS}
         self._failed: set[str] = set()
+        self._ran: set[str] = set()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
@@ -27,6 +28,8 @@ class Proofs:
                     self._tests[key].add(item.nodeid.split("[")[0])
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self._ran.add(report.nodeid.split("[")[0])
         if not report.passed:
             self._failed.add(report.nodeid.split("[")[0])
 
@@ -37,7 +40,8 @@ class Proofs:
         lines = [
             "# What proves each parameter",
             "",
-            "Made by `pytest --proofs docs/proofs.md`: every parameter, the tests of its effect, and how they ended.",
+            "Made by `pytest --proofs docs/proofs.md`: every parameter, the tests of its effect, and how they ended in that",
+            "run (with `--collect-only` none is run).",
             "",
             "| parameter | key | tests | |",
             "|---|---|---|---|",
@@ -45,6 +49,6 @@ class Proofs:
         for key, parameter in PARAMETERS.items():
             tests = sorted(self._tests[key])
             names = "<br>".join(f"`{test.removeprefix('tests/')}`" for test in tests) or "none"
-            outcome = "none" if not tests else "failed" if self._failed & set(tests) else "passed"
+            outcome = "failed" if self._failed & set(tests) else "passed" if self._ran >= set(tests) else "not run"
             lines.append(f"| {parameter.label} | `{key}` | {names} | {outcome} |")
         return "\n".join(lines) + "\n"
