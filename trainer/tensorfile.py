@@ -62,8 +62,16 @@ _OTHER_FORMATS = (
 
 @dataclass(frozen=True)
 class TensorInfo:
+    """`begin`: where its bytes begin, counted from those of the first tensor."""
+
     dtype: str
     shape: tuple[int, ...]
+    begin: int = 0
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Header:
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
+    data_begin: int = 0  # the byte of the file at which the first tensor begins
 
 
 def header(path: Path) -> Header:
@@ -102,10 +111,10 @@ def header(path: Path) -> Header:
         raise ModelError(f'There is no file "{name}".', "Correct the path.") from error
     except (OSError, ValueError) as error:
         raise ModelError(f'"{name}" cannot be read: {getattr(error, "strerror", None) or error}.') from error
-    return _parse(name, text, info.st_size - 8 - length)
+    return _parse(name, text, info.st_size - 8 - length, 8 + length)
 
 
-def _parse(name: str, text: bytes, data_size: int) -> Header:
+def _parse(name: str, text: bytes, data_size: int, data_begin: int) -> Header:
     try:
         entries = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -130,7 +139,7 @@ def _parse(name: str, text: bytes, data_size: int) -> Header:
         raise _truncated(name, data_size, end_before)
     if end_before < data_size:
         raise _damaged(name, f"{data_size - end_before} bytes follow its last tensor")
-    return Header(metadata, tensors)
+    return Header(metadata, tensors, data_begin)
 
 
 def _tensor(name: str, key: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
@@ -145,7 +154,7 @@ def _tensor(name: str, key: str, entry: Any) -> tuple[TensorInfo, tuple[int, int
         raise _damaged(name, f'tensor "{key}" has an impossible shape')
     if not 0 <= begin <= end or (end - begin) * 8 != math.prod(shape) * BITS[dtype]:
         raise _damaged(name, f'tensor "{key}" of shape {shape} cannot take {end - begin} bytes')
-    return TensorInfo(dtype, tuple(shape)), (begin, end)
+    return TensorInfo(dtype, tuple(shape), begin), (begin, end)
 
 
 def _other_format(name: str, size: int, start: bytes) -> ModelError:
