@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from trainer import state
 from trainer.data import folders, images
 from trainer.data.batches import batches_per_epoch
@@ -27,9 +25,8 @@ from trainer.models.families import Found, Lora
 from trainer.paths import resolve, shown
 from trainer.prompts import parse as parse_prompts
 from trainer.run import EXIT_CONFIG, EXIT_DONE
-from trainer.schema import PARAMETERS, Config, parse, with_what_the_type_uses
+from trainer.schema import PARAMETERS, Config, problem_with, read
 from trainer.schema.algorithms import USES
-from trainer.schema.overrides import with_additional
 from trainer.schema.rules import conflicts, text_encoder_rate, unet_rate
 
 # The LoRA types whose files hold up and down matrices, so that one can go on from another's.
@@ -128,41 +125,12 @@ def _lines(checked: Checked) -> Iterator[str]:
 
 def settings(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
     """The config, with the default in place of each value that is not allowed, and all problems."""
-    try:
-        found, bad = list[Problem](), set[str]()
-        config = parse(values)
-    except ConfigError as error:
-        found = list(error.problems)
-        config, bad = _as_far_as_it_goes(values)
-    known = {(problem.key, problem.message) for problem in found}
+    config, found = read(values)
+    bad = {problem.key for problem in found}
     for problem in conflicts(config):
-        told = (problem.key, problem.message) in known or any(
-            key == problem.key or f"({key})" in problem.message for key in bad
-        )
-        if not told:
+        if not any(key == problem.key or f"({key})" in problem.message for key in bad):
             found.append(problem)
     return config, found
-
-
-def _as_far_as_it_goes(values: Mapping[str, Any]) -> tuple[Config, set[str]]:
-    """The config without the values that are not allowed, and their keys."""
-    parts: dict[str, Any] = {}
-    bad: set[str] = set()
-    values, _ = with_additional(values, PARAMETERS)
-    for group, field in Config.model_fields.items():
-        kind: Any = field.annotation
-        given = {key: values[key] for key, p in PARAMETERS.items() if p.group == group and key in values}
-        try:
-            parts[group] = kind.model_validate(given)
-        except ValidationError as error:
-            wrong = {str(e["loc"][0]) for e in error.errors()}
-            bad |= wrong
-            parts[group] = kind.model_validate({k: v for k, v in given.items() if k not in wrong})
-    return with_what_the_type_uses(Config(**parts)), bad
-
-
-def _problem(key: str, message: object, severity: str = "error") -> Problem:
-    return Problem(key, PARAMETERS[key].label, str(message), severity)  # type: ignore[arg-type]
 
 
 def _model(config: Config) -> tuple[Found | None, list[Problem]]:
@@ -170,11 +138,11 @@ def _model(config: Config) -> tuple[Found | None, list[Problem]]:
     try:
         found = families.detect(families.locate(config.model.path))
     except LorawrightError as error:
-        return None, [_problem(key, error)]
+        return None, [problem_with(key, error)]
     wrong = []
     if not config.model.path.strip() and config.folders.images.strip() and "embedded:" not in config.folders.images:
         wrong.append(
-            _problem(
+            problem_with(
                 key,
                 "is empty, so your images would train the small embedded demo model, whose LoRAs fit no other. "
                 "Choose your base model.",
@@ -184,18 +152,20 @@ def _model(config: Config) -> tuple[Found | None, list[Problem]]:
     the_model = f"but {PARAMETERS[key].label} ({key}) is {found.what}"
     for name, family in (("v2", "sd2"), ("sdxl", "sdxl")):
         if getattr(config.model, name) and found.family != family:
-            wrong.append(_problem(name, f"is on, {the_model}. Switch it off, or choose another model."))
+            wrong.append(problem_with(name, f"is on, {the_model}. Switch it off, or choose another model."))
     predicts_velocity = found.prediction == "v_prediction"
     if config.model.v_parameterization and not predicts_velocity:
         wrong.append(
-            _problem(
+            problem_with(
                 "v_parameterization",
                 f"is on, {the_model} that predicts noise. Switch it off, or choose another model.",
             )
         )
     if predicts_velocity and not config.model.v_parameterization:
         wrong.append(
-            _problem("v_parameterization", f"is off, {the_model} that predicts velocity by its own word. Switch it on.")
+            problem_with(
+                "v_parameterization", f"is off, {the_model} that predicts velocity by its own word. Switch it on."
+            )
         )
     return found, wrong
 
@@ -205,7 +175,7 @@ def _vae(config: Config, model: Found | None) -> Iterator[Problem]:
         try:
             families.check_vae(config.model.vae, model)
         except LorawrightError as error:
-            yield _problem("vae", error)
+            yield problem_with("vae", error)
 
 
 def _network_weights(config: Config, model: Found | None) -> Iterator[Problem]:
@@ -215,17 +185,17 @@ def _network_weights(config: Config, model: Found | None) -> Iterator[Problem]:
     try:
         lora = families.read_lora(network.weights)
     except LorawrightError as error:
-        yield _problem(key, error)
+        yield problem_with(key, error)
         return
     if model and lora.width and lora.width != model.width:
-        yield _problem(
+        yield problem_with(
             key,
             f'"{shown(network.weights)}" was made for a model whose text states are {lora.width} wide; those of '
             f"{PARAMETERS['pretrained_model_name_or_path'].label} (pretrained_model_name_or_path) are {model.width}. "
             "Choose the model that it was trained on, or one of the same family.",
         )
     if lora.type != network.type and (lora.type or network.type not in UP_AND_DOWN):
-        yield _problem(
+        yield problem_with(
             key,
             f'"{shown(network.weights)}" is of LoRA type (LoRA_type) {lora.type or " or ".join(UP_AND_DOWN)}, and '
             f"{network.type} is chosen. Choose the file's, or another file.",
@@ -235,7 +205,7 @@ def _network_weights(config: Config, model: Found | None) -> Iterator[Problem]:
         yield from _convolutions(config, lora)
     if not network.dim_from_weights and config.blocks.ranks is None and lora.ranks - {network.rank}:
         ranks = ", ".join(str(rank) for rank in sorted(lora.ranks))
-        yield _problem(
+        yield problem_with(
             key,
             f'"{shown(network.weights)}" has rank {ranks}, Network Rank (network_dim) is {network.rank}. '
             "Make them equal, or switch on DIM from weights (dim_from_weights).",
@@ -245,13 +215,13 @@ def _network_weights(config: Config, model: Found | None) -> Iterator[Problem]:
     for part, (rate_key, rate) in rates.items():
         noun = "U-Net" if part == "unet" else "text encoder"
         if part in lora.parts and rate == 0:
-            yield _problem(
+            yield problem_with(
                 key,
                 f'"{shown(network.weights)}" holds a {noun} part, but {PARAMETERS[rate_key].label} ({rate_key}) is 0, '
                 "so it would be lost. Set a rate above 0.",
             )
         elif part not in lora.parts and rate and not network.dim_from_weights and part in reached:
-            yield _problem(
+            yield problem_with(
                 key,
                 f'"{shown(network.weights)}" has no {noun} part to go on from. Set {PARAMETERS[rate_key].label} '
                 f"({rate_key}) to 0.",
@@ -264,20 +234,20 @@ def _convolutions(config: Config, lora: Lora) -> Iterator[Problem]:
     by_type = network.conv_rank if "conv_dim" in USES[network.type] else 0
     wanted = set(config.blocks.conv_ranks or (by_type,)) - {0}
     if lora.conv_ranks and not wanted:
-        yield _problem(
+        yield problem_with(
             key,
             f"{file} is a LoCon: it changes 3×3 convolutions too. Set LoRA type (LoRA_type) to Kohya LoCon, "
             "or switch on DIM from weights (dim_from_weights).",
         )
     elif wanted and not lora.conv_ranks:
-        yield _problem(
+        yield problem_with(
             key,
             f"{file} has no 3×3 convolutions to go on from. Set LoRA type (LoRA_type) to Standard and leave Conv dims "
             "(conv_block_dims) empty.",
         )
     elif lora.conv_ranks - wanted:
         ranks = ", ".join(str(rank) for rank in sorted(lora.conv_ranks))
-        yield _problem(
+        yield problem_with(
             key,
             f"{file} has rank {ranks} in 3×3 convolutions, Convolution Rank (conv_dim) is {network.conv_rank}. "
             "Make them equal, or switch on DIM from weights (dim_from_weights).",
@@ -291,7 +261,7 @@ def _resume(config: Config, summary: Summary) -> Iterator[Problem]:
             resumed.leads_into(summary.total_steps or resumed.step + 1)
             resumed.differences(config, summary.batches_per_epoch or resumed.batches_per_epoch)
         except LorawrightError as error:
-            yield _problem("resume", error)
+            yield problem_with("resume", error)
 
 
 def _places(config: Config, pictures: tuple[Picture, ...]) -> tuple[list[Size] | None, list[Problem]]:
@@ -299,16 +269,18 @@ def _places(config: Config, pictures: tuple[Picture, ...]) -> tuple[list[Size] |
     data = config.data
     if data.buckets and data.bucket_step % 8:
         return None, [
-            _problem("bucket_reso_steps", f"{data.bucket_step} is not a multiple of 8, as the VAE needs. Use 64.")
+            problem_with("bucket_reso_steps", f"{data.bucket_step} is not a multiple of 8, as the VAE needs. Use 64.")
         ]
     if not data.buckets and any(side % 8 for side in data.resolution):
         given = f"{data.resolution[0]},{data.resolution[1]}"
-        return None, [_problem("max_resolution", f'"{given}": both sides must be multiples of 8, as the VAE needs.')]
+        return None, [
+            problem_with("max_resolution", f'"{given}": both sides must be multiples of 8, as the VAE needs.')
+        ]
     try:
         buckets = Buckets(data)
     except DataError as error:
         key = "min_bucket_reso" if data.min_bucket_side > min(data.resolution) else "max_bucket_reso"
-        return None, [_problem(key, error)]
+        return None, [problem_with(key, error)]
     places: dict[Size, Size] = {}
     refused: dict[Size, DataError] = {}
     for size in {picture.size for picture in pictures}:
@@ -323,7 +295,7 @@ def _places(config: Config, pictures: tuple[Picture, ...]) -> tuple[list[Size] |
     more = f"; and {len(small) - 5} more" if len(small) > 5 else ""
     hint = refused[small[0].size].hint
     return None, [
-        _problem("bucket_no_upscale", f"{len(small)} image(s) are too small or narrow: {names}{more}. {hint}")
+        problem_with("bucket_no_upscale", f"{len(small)} image(s) are too small or narrow: {names}{more}. {hint}")
     ]
 
 
@@ -334,22 +306,22 @@ def _output(config: Config) -> Iterator[Problem]:
     try:
         folder = resolve(text)
     except LorawrightError as error:
-        yield _problem("output_dir", error)
+        yield problem_with("output_dir", error)
         return
     if why := not_writable(folder):
-        yield _problem("output_dir", f"{why} Choose another folder, or leave it empty.")
+        yield problem_with("output_dir", f"{why} Choose another folder, or leave it empty.")
         return
     file = folder / f"{name}.safetensors"
     if not os.path.lexists(file):
         return
     if config.network.weights and resolve(config.network.weights).resolve() == file.resolve():
-        yield _problem(
+        yield problem_with(
             "output_name",
             f'"{shown(file)}" is the file in LoRA network weights (network_weights), which is never written to. '
             "Choose another name or another Output folder (output_dir).",
         )
     else:
-        yield _problem(
+        yield problem_with(
             "output_name",
             f'"{shown(file)}" exists already; it will be kept under a name with its date.',
             "warning",
@@ -364,7 +336,7 @@ def _logging(config: Config) -> Iterator[Problem]:
     except LorawrightError as error:
         why = str(error)
     if why:
-        yield _problem("logging_dir", f"{why} Choose another folder, or leave it empty.")
+        yield problem_with("logging_dir", f"{why} Choose another folder, or leave it empty.")
 
 
 def not_writable(folder: Path) -> str:
@@ -389,13 +361,15 @@ def _samples(config: Config) -> Iterator[Problem]:
         yield from error.problems
         return
     if not prompts and (samples.every_n_steps or samples.every_n_epochs):
-        yield _problem("sample_prompts", "is empty, so no samples will be drawn. Enter one prompt a line.", "warning")
+        yield problem_with(
+            "sample_prompts", "is empty, so no samples will be drawn. Enter one prompt a line.", "warning"
+        )
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:
     row = config.optim.row
     if row.package and importlib.util.find_spec(row.module.partition(".")[0]) is None:
-        yield _problem(
+        yield problem_with(
             "optimizer",
             f'"{config.optim.optimizer}" needs the package {row.package}, which is not installed here. '
             f"Install it (pip install {row.package}), or choose another optimizer.",
@@ -411,7 +385,7 @@ def _masks(config: Config, pictures: tuple[Picture, ...]) -> Iterator[Problem]:
                 return
         except DataError:
             continue  # the survey of the folders tells
-    yield _problem(
+    yield problem_with(
         "masked_loss",
         f"is on, but none of the {len(pictures)} images in Image folder (train_data_dir) has an alpha channel, "
         "so all count whole. Cut the subjects out, or switch it off.",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,22 @@ def test_every_parameter_has_help_a_label_and_a_valid_default():
         assert parameter.help.endswith((".", "”")), parameter.key
     config = schema.parse(schema.defaults())
     assert config.optim.learning_rate == 1e-4
+
+
+def test_messages_call_every_control_by_the_label_that_it_has_in_the_form():
+    """A control is named as "Label (key)"; a label's own brackets may be left out."""
+    labels = {key: {p.label, re.sub(r" \(.*\)$", "", p.label)} for key, p in PARAMETERS.items()}
+    wrong = [
+        (path.name, node.value[max(0, found.start() - 40) : found.end()])
+        for path in TRAINER.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for found in re.finditer(r" \((\w+)\)", node.value)
+        if found[1] in labels
+        and (before := node.value[: found.start()])
+        and not before.endswith(tuple(labels[found[1]]))
+    ]
+    assert wrong == []
 
 
 def test_every_condition_names_a_parameter_and_values_it_can_have():

@@ -20,7 +20,7 @@ from trainer.data.batches import balance
 from trainer.data.buckets import Size
 from trainer.errors import DataError, LorawrightError, Problem
 from trainer.paths import absent, resolve, shown
-from trainer.schema import PARAMETERS
+from trainer.schema import problem_with
 from trainer.schema.data import Captions
 from trainer.schema.model import Folders
 
@@ -133,7 +133,7 @@ def _dataset(pictures: list[Picture], groups: Iterable[_Group], found: list[Prob
         others = [replace(p, repeats=n) for p, n in zip(others, counts, strict=True)]
         if unused := counts.count(0):
             found.append(
-                _problem(
+                problem_with(
                     _REGULARISATION,
                     f"{unused} of {len(others)} images are not used: an epoch takes as many as there are training "
                     f"images with their repeats ({wanted}), in the order of their names.",
@@ -144,10 +144,6 @@ def _dataset(pictures: list[Picture], groups: Iterable[_Group], found: list[Prob
         Subset(g.path, g.repeats, g.class_tokens, g.regularisation, len(g.names)) for g in groups if g.repeats > 0
     ]
     return Dataset((*training, *(p for p in others if p.repeats)), tuple(subsets))
-
-
-def _problem(key: str, message: str, severity: str = "error") -> Problem:
-    return Problem(key, PARAMETERS[key].label, message, severity)  # type: ignore[arg-type]
 
 
 def natural(name: str) -> tuple[object, ...]:
@@ -190,7 +186,7 @@ class _Folder:
             self._look()
 
     def problem(self, message: str, severity: str = "error") -> None:
-        self.found.append(_problem(self.key, message, severity))
+        self.found.append(problem_with(self.key, message, severity))
 
     def _look(self) -> None:
         here, inner = self._read(self.path, 1, None)
@@ -336,7 +332,7 @@ def _pictures(folder: _Folder, suffix: str, deadline: float) -> list[Picture]:
     if unreadable:
         messages = sorted(e.message.rstrip(".") for e in unreadable)
         folder.found.append(
-            _problem(_EXTENSION, f"{_listed(messages, 3, '; ')}. Save them as text in UTF-8, or remove them.")
+            problem_with(_EXTENSION, f"{_listed(messages, 3, '; ')}. Save them as text in UTF-8, or remove them.")
         )
     if skipped:
         folder.problem(
@@ -390,11 +386,11 @@ def _check_captions(pictures: list[Picture], groups: Sequence[_Group], suffix: s
     else:
         message = ""
     if message:
-        found.append(_problem(_EXTENSION, message, "warning"))
+        found.append(problem_with(_EXTENSION, message, "warning"))
     blank = [p.path.name for p in pictures if p.caption == "" and p.class_tokens != ""]
     if blank:
         found.append(
-            _problem(
+            problem_with(
                 _EXTENSION,
                 f"the caption files of {len(blank)} images are empty, so they train without a caption: "
                 f"{_listed(blank, 3)}.",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,7 +30,7 @@ from trainer.schema.samples import Samples
 from trainer.schema.tracking import Tracking
 from trainer.schema.training import Training
 
-__all__ = ["PARAMETERS", "Config", "Parameter", "Section", "defaults", "parse", "shown"]
+__all__ = ["PARAMETERS", "Config", "Parameter", "Section", "defaults", "parse", "problem_with", "read", "shown"]
 
 
 class Config(BaseModel):
@@ -89,6 +89,15 @@ def parse(values: Mapping[str, Any]) -> Config:
 
     Raises ConfigError with every problem, each naming its control, the value and what is allowed.
     """
+    config, problems = read(values)
+    problems = problems or [p for p in conflicts(config) if p.severity == "error"]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def read(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
+    """The settings with the default in place of each value that is not allowed, and why it is not."""
     parts: dict[str, Group] = {}
     values, problems = with_additional(values, PARAMETERS)
     problems += [
@@ -99,16 +108,14 @@ def parse(values: Mapping[str, Any]) -> Config:
         try:
             parts[group] = kind.model_validate(given)
         except ValidationError as error:
-            problems += [_problem(e, given) for e in error.errors()]
-    if not problems:
-        config = with_what_the_type_uses(Config(**parts))  # type: ignore[arg-type]
-        problems += [p for p in conflicts(config) if p.severity == "error"]
-        if not problems:
-            return config
-    raise ConfigError(problems)
+            found = [_not_allowed(e, given) for e in error.errors()]
+            wrong = {p.key for p in found}
+            parts[group] = kind.model_validate({key: value for key, value in given.items() if key not in wrong})
+            problems += found
+    return _with_what_the_type_uses(Config(**parts)), problems  # type: ignore[arg-type]
 
 
-def with_what_the_type_uses(config: Config) -> Config:
+def _with_what_the_type_uses(config: Config) -> Config:
     """The settings with the default for every control that the LoRA type does not use, as if it were not there."""
     for p in PARAMETERS.values():
         if config.network.type not in p.when.get("LoRA_type", (config.network.type,)):
@@ -118,10 +125,14 @@ def with_what_the_type_uses(config: Config) -> Config:
     return config
 
 
-def _problem(error: Any, given: Mapping[str, Any]) -> Problem:
+def problem_with(key: str, message: object, severity: Literal["error", "warning"] = "error") -> Problem:
+    """Something wrong with a control, under the label that it has in the form."""
+    return Problem(key, PARAMETERS[key].label, str(message), severity)
+
+
+def _not_allowed(error: Any, given: Mapping[str, Any]) -> Problem:
     key = str(error["loc"][0])
-    parameter = PARAMETERS[key]
     if error["type"] == "value_error":
-        return Problem(key, parameter.label, str(error["ctx"]["error"]))
-    value = given.get(key, parameter.default)
-    return Problem(key, parameter.label, f'"{value}" is not allowed; it must be {parameter.allowed}')
+        return problem_with(key, error["ctx"]["error"])
+    value = given.get(key, PARAMETERS[key].default)
+    return problem_with(key, f'"{value}" is not allowed; it must be {PARAMETERS[key].allowed}')

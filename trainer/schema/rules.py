@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from trainer.errors import Problem
 from trainer.schema import blocks
@@ -22,109 +22,93 @@ def conflicts(config: Config) -> Iterator[Problem]:
     """Each bad combination; the message names both controls. Errors refuse the start."""
     network, training, captions = config.network, config.training, config.captions
     if network.dim_from_weights and not network.weights:
-        yield Problem(
+        yield _problem(
             "dim_from_weights",
-            "DIM from weights",
             "needs a file in LoRA network weights (network_weights), which is empty. Name one or switch it off.",
         )
-    ranks = {"network_dim": ("Network Rank (Dimension)", network.rank)}
-    ranks["conv_dim"] = ("Convolution Rank (Dimension)", network.conv_rank)
-    for key, (label, rank) in ranks.items():
+    for key, rank in (("network_dim", network.rank), ("conv_dim", network.conv_rank)):
         if rank > MOST_RANK and network.type != "LyCORIS/LoKr" and not network.dim_from_weights:
-            yield Problem(
+            yield _problem(
                 key,
-                label,
                 f"{rank} is more than a layer of LoRA type (LoRA_type) {network.type} can use; it must be "
                 f"{MOST_RANK} or less. Only LyCORIS/LoKr takes such a number, for whole matrices.",
             )
     if not network.dim_from_weights and network.alpha > network.rank:
-        yield Problem(
+        yield _problem(
             "network_alpha",
-            "Network Alpha",
             f"{network.alpha:g} is larger than Network Rank ({network.rank}), so the update is scaled up by "
             f"{network.alpha / network.rank:g}; usually it is at most the rank.",
             "warning",
         )
     yield from _blocks(config)
     if network.reach.startswith("unet-") and unet_rate(config) == 0:
-        yield Problem(
+        yield _problem(
             "LyCORIS_preset",
-            "LyCORIS Preset",
             f'"{network.reach}" trains the U-Net alone, and Unet learning rate (unet_lr) is 0, so nothing would be '
             "trained. Change one of the two.",
         )
-    for key, label, on, precision in (
-        ("full_fp16", "Full fp16 training (experimental)", training.full_fp16, "fp16"),
-        ("full_bf16", "Full bf16 training (experimental)", training.full_bf16, "bf16"),
+    for key, on, precision in (
+        ("full_fp16", training.full_fp16, "fp16"),
+        ("full_bf16", training.full_bf16, "bf16"),
     ):
         if on and training.precision != precision:
-            yield Problem(
+            yield _problem(
                 key,
-                label,
                 f'needs Mixed precision (mixed_precision) {precision}, which is "{training.precision}". '
                 "Change it, or switch this off.",
             )
     if unet_rate(config) == 0 and text_encoder_rate(config) == 0:
-        yield Problem(
+        yield _problem(
             "unet_lr",
-            "Unet learning rate",
             "and Text Encoder learning rate (text_encoder_lr) are both 0, so nothing would be trained. Set one of them.",
         )
     yield from _optimizer(config)
     yield from _objective(config)
     if captions.max_tokens not in (75, 150, 225):
-        yield Problem(
+        yield _problem(
             "max_token_length",
-            "Max Token Length",
             f'"{captions.max_tokens}" is not allowed; it must be 75, 150 or 225.',
         )
     if config.data.min_bucket_side > config.data.max_bucket_side:
-        yield Problem(
+        yield _problem(
             "min_bucket_reso",
-            "Minimum bucket resolution",
             f"{config.data.min_bucket_side} is larger than Maximum bucket resolution ({config.data.max_bucket_side}).",
         )
     if config.data.cache_to_disk and not config.data.cache_latents:
-        yield Problem(
+        yield _problem(
             "cache_latents_to_disk",
-            "Cache latents to disk",
             "needs Cache latents (cache_latents), which is off. Switch both on or both off.",
         )
-    for key, label, on in (
-        ("color_aug", "Color augmentation", config.data.color),
-        ("random_crop", "Random crop instead of center crop", config.data.random_crop),
+    for key, on in (
+        ("color_aug", config.data.color),
+        ("random_crop", config.data.random_crop),
     ):
         if on and config.data.cache_latents:
-            yield Problem(
+            yield _problem(
                 key,
-                label,
                 "changes the image at each read, which Cache latents (cache_latents) leaves no room for. "
                 "Switch one of the two off.",
             )
     if config.saving.format != "safetensors":
-        yield Problem(
+        yield _problem(
             "save_model_as",
-            "Save trained model as",
             f'"{config.saving.format}" files can hide programs; safetensors is written instead.',
             "warning",
         )
     if not config.saving.name or any(c in config.saving.name for c in '/\\:*?"<>|\0'):
-        yield Problem(
+        yield _problem(
             "output_name",
-            "Model output name",
             f'"{config.saving.name}" cannot be a file name; use letters, digits, blanks, dots, - and _.',
         )
     if not config.objective.noise_offset and config.objective.adaptive_noise_scale:
-        yield Problem(
+        yield _problem(
             "adaptive_noise_scale",
-            "Adaptive noise scale",
             "does nothing while Noise offset (noise_offset) is 0.",
             "warning",
         )
     if training.attention == "none" and training.checkpointing is False and config.data.resolution[0] >= 1024:
-        yield Problem(
+        yield _problem(
             "xformers",
-            "CrossAttention",
             '"none" at 1024 pixels needs very much memory; sdpa gives the same result with far less.',
             "warning",
         )
@@ -134,52 +118,46 @@ def _blocks(config: Config) -> Iterator[Problem]:
     """What cannot be meant about the U-Net's blocks and the convolutions."""
     network, settings = config.network, config.blocks
     layout = blocks.SDXL if config.model.sdxl else blocks.SD
-    for key, label, numbers in (
-        ("block_dims", "Block dims", settings.ranks),
-        ("block_alphas", "Block alphas", settings.alphas),
-        ("conv_block_dims", "Conv dims", settings.conv_ranks),
-        ("conv_block_alphas", "Conv alphas", settings.conv_alphas),
+    for key, numbers in (
+        ("block_dims", settings.ranks),
+        ("block_alphas", settings.alphas),
+        ("conv_block_dims", settings.conv_ranks),
+        ("conv_block_alphas", settings.conv_alphas),
     ):
         if numbers is not None and len(numbers) != layout.total:
-            yield Problem(
-                key, label, f"needs {layout.total} numbers, one a block of the U-Net; {len(numbers)} were given."
-            )
-    for key, label, weights, count in (
-        ("down_lr_weight", "Down LR weights", settings.down_weights, layout.down),
-        ("mid_lr_weight", "Mid LR weights", settings.mid_weights, layout.middle),
-        ("up_lr_weight", "Up LR weights", settings.up_weights, layout.up),
+            yield _problem(key, f"needs {layout.total} numbers, one a block of the U-Net; {len(numbers)} were given.")
+    for key, weights, count in (
+        ("down_lr_weight", settings.down_weights, layout.down),
+        ("mid_lr_weight", settings.mid_weights, layout.middle),
+        ("up_lr_weight", settings.up_weights, layout.up),
     ):
         if weights and not weights.curve and len(weights.numbers) != count:
             rest = "the missing ones count as 1" if len(weights.numbers) < count else "the rest is left aside"
-            yield Problem(
-                key, label, f'has {len(weights.numbers)} numbers for {count} blocks ("{weights}"); {rest}.', "warning"
+            yield _problem(
+                key, f'has {len(weights.numbers)} numbers for {count} blocks ("{weights}"); {rest}.', "warning"
             )
     rates = blocks.rate_weights(settings, layout)
     if settings.zero_threshold and rates is None:
-        yield Problem(
+        yield _problem(
             "block_lr_zero_threshold",
-            "Blocks LR zero threshold",
             "does nothing without Down, Mid or Up LR weights (down_lr_weight, mid_lr_weight, up_lr_weight).",
             "warning",
         )
     if rates is not None and not any(rates) and unet_rate(config) and not text_encoder_rate(config):
-        yield Problem(
+        yield _problem(
             "up_lr_weight",
-            "Up LR weights",
             "and Down and Mid LR weights (down_lr_weight, mid_lr_weight) leave every block out, and Text Encoder "
             "learning rate (text_encoder_lr) is 0, so nothing would be trained.",
         )
     convolutions = "conv_dim" in USES[network.type]
     if settings.conv_alphas and not settings.conv_ranks and not convolutions:
-        yield Problem(
+        yield _problem(
             "conv_block_alphas",
-            "Conv alphas",
             "needs Conv dims (conv_block_dims), or LoRA type (LoRA_type) Kohya LoCon.",
         )
     if convolutions and not network.dim_from_weights and network.conv_alpha > network.conv_rank > 0:
-        yield Problem(
+        yield _problem(
             "conv_alpha",
-            "Convolution Alpha",
             f"{network.conv_alpha:g} is larger than Convolution Rank ({network.conv_rank}), so the update is scaled up "
             f"by {network.conv_alpha / network.conv_rank:g}; usually it is at most the rank.",
             "warning",
@@ -191,16 +169,14 @@ def _optimizer(config: Config) -> Iterator[Problem]:
     optim, row = config.optim, config.optim.row
     unknown = [name for name in optim.arguments if name not in row.valid]
     if unknown:
-        yield Problem(
+        yield _problem(
             "optimizer_args",
-            "Optimizer extra arguments",
             f"Optimizer (optimizer) {optim.optimizer} has no argument {', '.join(unknown)}; "
             f"it knows {', '.join(row.valid)}.",
         )
     if optim.optimizer == "DAdaptation":
-        yield Problem(
+        yield _problem(
             "optimizer",
-            "Optimizer",
             "DAdaptAdam is used, which the authors of DAdaptation made of it. For the first draft itself choose "
             "DAdaptAdamPreprint.",
             "warning",
@@ -208,9 +184,8 @@ def _optimizer(config: Config) -> Iterator[Problem]:
     yield from _rates(config)
     if optim.scheduler == "adafactor" and not optim.relative_step:
         what = "relative_step=False" if optim.optimizer == "Adafactor" else f'"{optim.optimizer}"'
-        yield Problem(
+        yield _problem(
             "lr_scheduler",
-            "LR Scheduler",
             f'"adafactor" works only where Optimizer (optimizer) "Adafactor" chooses the rate itself; '
             f"here it is {what}. Change one of the two.",
         )
@@ -222,50 +197,46 @@ def _rates(config: Config) -> Iterator[Problem]:
     """What is odd about the rates, given an optimizer that has its own way with them."""
     optim, row = config.optim, config.optim.row
     parts = (
-        ("text_encoder_lr", "Text Encoder learning rate", text_encoder_rate(config)),
-        ("unet_lr", "Unet learning rate", unet_rate(config)),
+        ("text_encoder_lr", text_encoder_rate(config)),
+        ("unet_lr", unet_rate(config)),
     )
-    trained = [part for part in parts if part[2]]
+    trained = [part for part in parts if part[1]]
     if optim.relative_step:
-        yield Problem(
+        yield _problem(
             "optimizer",
-            "Optimizer",
             "Adafactor chooses the rates itself: the learning rates and LR Scheduler (lr_scheduler) have no effect. "
             "For rates of your own set relative_step=False in Optimizer extra arguments (optimizer_args).",
             "warning",
         )
     if not row.adapts or not trained:
         return
-    key, label, rate = trained[0]
+    key, rate = trained[0]
     if rate <= 0.1:
-        yield Problem(
+        yield _problem(
             key,
-            label,
             f"{rate:g} is very low for {optim.optimizer}, which finds the rate itself and multiplies it with this. "
             "Set it to 1.",
             "warning",
         )
-    if row.one_rate and trained[-1][2] != rate:
-        yield Problem(
+    if row.one_rate and trained[-1][1] != rate:
+        yield _problem(
             key,
-            label,
-            f"{rate:g} differs from Unet learning rate (unet_lr), {trained[-1][2]:g}; {optim.optimizer} has one "
+            f"{rate:g} differs from Unet learning rate (unet_lr), {trained[-1][1]:g}; {optim.optimizer} has one "
             f"rate for all, and uses {rate:g}. Make both 1.",
             "warning",
         )
     factors = (
-        ("down_lr_weight", "Down LR weights", config.blocks.down_weights),
-        ("mid_lr_weight", "Mid LR weights", config.blocks.mid_weights),
-        ("up_lr_weight", "Up LR weights", config.blocks.up_weights),
-        ("loraplus_lr_ratio", "LoRA+ learning rate ratio", optim.up_ratio),
-        ("loraplus_unet_lr_ratio", "LoRA+ Unet learning rate ratio", optim.unet_up_ratio),
-        ("loraplus_text_encoder_lr_ratio", "LoRA+ Text Encoder learning rate ratio", optim.text_encoder_up_ratio),
+        ("down_lr_weight", config.blocks.down_weights),
+        ("mid_lr_weight", config.blocks.mid_weights),
+        ("up_lr_weight", config.blocks.up_weights),
+        ("loraplus_lr_ratio", optim.up_ratio),
+        ("loraplus_unet_lr_ratio", optim.unet_up_ratio),
+        ("loraplus_text_encoder_lr_ratio", optim.text_encoder_up_ratio),
     )
-    for key, label, value in factors:
+    for key, value in factors:
         if row.one_rate and value:
-            yield Problem(
+            yield _problem(
                 key,
-                label,
                 f"needs several rates, and Optimizer (optimizer) {optim.optimizer} has one for all. "
                 "Leave it empty, or choose another optimizer.",
             )
@@ -273,12 +244,12 @@ def _rates(config: Config) -> Iterator[Problem]:
 
 def _scheduler(optim: Optim) -> Iterator[Problem]:
     name, given = optim.scheduler, optim.scheduler_arguments
-    key, label = "lr_scheduler_args", "LR scheduler extra arguments"
+    key = "lr_scheduler_args"
     valid = SCHEDULERS[name].split()
     unknown = [argument for argument in given if argument not in valid]
     if unknown:
         knows = f"it knows {', '.join(valid)}" if valid else "it takes none"
-        yield Problem(key, label, f"LR Scheduler (lr_scheduler) {name} has no argument {', '.join(unknown)}; {knows}.")
+        yield _problem(key, f"LR Scheduler (lr_scheduler) {name} has no argument {', '.join(unknown)}; {knows}.")
     needed = {
         "piecewise_constant": (("step_rules",), 'step_rules="1:100,0.1"'),
         "warmup_stable_decay": (("num_decay_steps",), "num_decay_steps=100"),
@@ -286,9 +257,8 @@ def _scheduler(optim: Optim) -> Iterator[Problem]:
     }
     if name in needed and not any(argument in given for argument in needed[name][0]):
         names, example = needed[name]
-        yield Problem(
+        yield _problem(
             "lr_scheduler",
-            "LR Scheduler",
             f'"{name}" needs {" or ".join(names)} in LR scheduler extra arguments (lr_scheduler_args), '
             f"for instance {example}.",
         )
@@ -298,48 +268,48 @@ def _objective(config: Config) -> Iterator[Problem]:
     """What cannot be meant about noise and loss."""
     objective, velocity = config.objective, config.model.v_parameterization
     if objective.max_timestep and objective.min_timestep > objective.max_timestep:
-        yield Problem(
+        yield _problem(
             "min_timestep",
-            "Min Timestep",
             f"{objective.min_timestep} is larger than Max Timestep (max_timestep), {objective.max_timestep}.",
         )
     if objective.scale_v_loss and not velocity:
-        yield Problem(
+        yield _problem(
             "scale_v_pred_loss_like_noise_pred",
-            "Scale v prediction loss",
             "is for models that predict velocity; v_parameterization (v_parameterization) is off. Switch this off.",
         )
     if objective.v_like_loss and velocity:
-        yield Problem(
+        yield _problem(
             "v_pred_like_loss",
-            "V Pred like loss",
             "is for models that predict noise; v_parameterization (v_parameterization) is on. Set it to 0.",
         )
     if objective.debiased and objective.min_snr_gamma:
-        yield Problem(
+        yield _problem(
             "debiased_estimation_loss",
-            "Debiased Estimation loss",
             "and Min SNR gamma (min_snr_gamma) pull in opposite directions. Use one of the two.",
             "warning",
         )
-    for key, label, random, of, strength in (
+    for key, random, of, strength in (
         (
             "noise_offset_random_strength",
-            "Noise offset random strength",
             objective.noise_offset_random and objective.noise_type == "Original",
             "Noise offset (noise_offset)",
             objective.noise_offset,
         ),
         (
             "ip_noise_gamma_random_strength",
-            "IP noise gamma random strength",
             objective.ip_noise_gamma_random,
             "IP noise gamma (ip_noise_gamma)",
             objective.ip_noise_gamma,
         ),
     ):
         if random and not strength:
-            yield Problem(key, label, f"does nothing while {of} is 0.", "warning")
+            yield _problem(key, f"does nothing while {of} is 0.", "warning")
+
+
+def _problem(key: str, message: str, severity: Literal["error", "warning"] = "error") -> Problem:
+    from trainer.schema import problem_with  # late: the schema is made with the help of this module
+
+    return problem_with(key, message, severity)
 
 
 def unet_rate(config: Config) -> float:
