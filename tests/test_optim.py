@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests import reference
 from trainer import optim, schema
@@ -244,6 +245,25 @@ def test_other_optimizers_have_one_kind_of_weights():
     before = weight.detach().clone()
     with optim.averaged(optimizer):
         assert torch.equal(weight, before)
+
+
+def test_only_a_schedule_free_optimizers_weights_are_copied_for_a_save_or_a_picture(monkeypatch):
+    def copied(name):
+        weight = torch.nn.Parameter(torch.randn(8, 8))
+        own = optim.make_optimizer([{"name": "unet", "params": [weight], "lr": 1e-2}], Optim(optimizer=name))
+        optimizer = Accelerator().prepare(own)
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        copies = []
+        with monkeypatch.context() as patch:
+            clone = torch.Tensor.clone
+            patch.setattr(torch.Tensor, "clone", lambda tensor, **how: copies.append(tensor) or clone(tensor, **how))
+            with optim.averaged(optimizer):
+                pass
+        return [tensor.shape for tensor in copies]
+
+    assert copied("AdamW") == []
+    assert (8, 8) in copied("AdamWScheduleFree")
 
 
 def test_adamw_8bit_holds_its_moments_in_bytes():

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers.optimization import AdafactorSchedule
 
@@ -71,12 +72,14 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     They are averages of the ones that are trained (Defazio et al. 2024, "The road less scheduled"),
     which come back bit for bit. Other optimizers have one kind only.
     """
-    if not hasattr(optimizer, "eval"):
+    # accelerate's wrapper has the method whatever it wraps.
+    wrapped = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    if not hasattr(wrapped, "eval"):
         yield
         return
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     trained = [weight.detach().clone() for weight in weights]
-    optimizer.eval()
+    optimizer.eval()  # type: ignore[attr-defined]
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run, 
 from trainer.schema import Config
 
 log = logging.getLogger("trainer")
+BITSANDBYTES = "bitsandbytes.backends.cpu.ops"
 
 
 class Requests:
@@ -176,6 +177,7 @@ def _logging_to(run: Run) -> Iterator[None]:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if not _is_standard_output(run.log):
         handlers.append(logging.FileHandler(run.log, encoding="utf-8"))
+    logging.getLogger(BITSANDBYTES).addFilter(_matters)
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.INFO)
@@ -189,6 +191,11 @@ def _logging_to(run: Run) -> Iterator[None]:
         for handler in handlers:
             root.removeHandler(handler)
             handler.close()
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    # At its import it asks for a package that speeds up 4-bit weights on a CPU, which are not used here.
+    return "kernels-community" not in record.getMessage()
 
 
 def _is_standard_output(path: Path) -> bool:
