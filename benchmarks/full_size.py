@@ -12,7 +12,6 @@ train_network.py, in turn with ours, and the ratios are printed. Needs 24 GB of 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -63,16 +62,17 @@ def make_model(path: Path) -> Path:
         import torch
         from safetensors.torch import save_file
 
-        from trainer.models import layout, sd
+        from trainer.models import facts, layout, sd
 
-        configs = json.loads(sd.CONFIGS.read_text())
+        family = facts.FAMILIES["sd1"]
         torch.manual_seed(0)
-        parts = [module.to_empty(device="cpu") for module in sd._empty(configs)]
-        for module in parts:
+        parts = {n: module.to_empty(device="cpu") for n, module in sd.empty(family, family.configs).items()}
+        for module in parts.values():
             for name, weight in module.named_parameters():
                 spread = weight[0].numel() ** -0.5 if weight.dim() > 1 else 0.0
                 torch.nn.init.normal_(weight, 1.0 if weight.dim() == 1 and name.endswith("weight") else 0.0, spread)
-        tensors = layout.to_original(*(module.half().state_dict() for module in parts), configs)
+        states = {name: module.half().state_dict() for name, module in parts.items()}
+        tensors = layout.to_original(states, family.configs, family)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     return path.resolve()
 

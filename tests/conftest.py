@@ -46,6 +46,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of the tiny SD 2.x model, which predicts velocity."""
+    from tests import tiny
+
+    return tiny.write_sd2(tmp_path_factory.mktemp("model") / "tiny_sd2.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SDXL model's file."""
+    from tests import tiny
+
+    return tiny.write_sdxl(tmp_path_factory.mktemp("model") / "tiny_sdxl.safetensors")
+
+
+@pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three real photographs of different shapes, in kohya's layout, with captions. Read only."""
     from PIL import Image

@@ -20,7 +20,7 @@ def test_diffusers_loads_every_tensor_and_draws_our_picture_with_it(settings, tr
     scheduler = DDIMScheduler(**model.schedule.config, **sampling.SAMPLERS["ddim"].settings)
     pipeline = StableDiffusionPipeline(
         model.vae,
-        model.text_encoder,
+        model.text_encoders["te"],
         clip_tokens.tokenizer(),
         model.unet,
         scheduler,

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from tests import reference
 from trainer import networks, objective
-from trainer.models import Schedule, sd
+from trainer.models import Schedule, facts, sd
 from trainer.schema.network import Network as Settings
 from trainer.schema.objective import Objective
 
 LOSS = reference.read("sd15_loss")
 SCHEDULE = reference.read("schedule")
-CONFIGS = json.loads(sd.CONFIGS.read_text())
+FAMILY = facts.FAMILIES["sd1"]
+CONFIGS = FAMILY.configs
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def model() -> sd.StableDiffusion:
-    unet, vae, text_encoder = sd._empty(CONFIGS)
-    for prefix, module in (("unet.", unet), ("text_encoder.text_model.", text_encoder)):
+    parts = sd.empty(FAMILY, CONFIGS)
+    for part, prefix in (("unet", "unet."), ("text_encoder", "text_encoder.text_model.")):
+        module = parts[part]
         state = {name: reference.weight(prefix + name, p.shape) for name, p in module.named_parameters()}
         module.load_state_dict(state, strict=False, assign=True)
         module.requires_grad_(False).eval()
-    unet.to(memory_format=torch.channels_last)
-    return sd.StableDiffusion(unet, vae, text_encoder, Schedule.of(CONFIGS["scheduler"]), torch.float32, CPU, 1, 75)
+    parts["unet"].to(memory_format=torch.channels_last)
+    encoders = {"te": parts["text_encoder"]}
+    schedule = Schedule.of(CONFIGS["scheduler"])
+    return sd.StableDiffusion(FAMILY, parts["unet"], parts["vae"], encoders, schedule, torch.float32, CPU, 1, 75)
 
 
 @pytest.fixture(scope="module")
@@ -61,24 +63,25 @@ def test_the_file_has_the_names_shapes_and_alphas_of_sd_scripts(network):
 
 
 def test_token_ids_are_those_of_sd_scripts(model):
-    assert model.tokens(LOSS["captions"]).ids[:, 0].tolist() == LOSS["input_ids"]
+    assert model.tokens(LOSS["captions"])[0].ids[:, 0].tolist() == LOSS["input_ids"]
 
 
 @pytest.mark.parametrize("skip", [1, 2, 3])
 def test_text_states_are_those_of_sd_scripts(model, network, skip, monkeypatch):
     monkeypatch.setattr(model, "clip_skip", skip)
-    states = model.text_states(model.tokens(LOSS["captions"]))
+    states = model.text_states(model.tokens(LOSS["captions"])).states
     reference.assert_tensor(states, LOSS["text_encoder"][f"clip_skip={skip},lora=on"], 1e-4)
     with network.strength(0):
         if skip < 3:
-            states = model.text_states(model.tokens(LOSS["captions"]))
+            states = model.text_states(model.tokens(LOSS["captions"])).states
             reference.assert_tensor(states, LOSS["text_encoder"][f"clip_skip={skip},lora=off"], 1e-4)
 
 
 def test_states_of_long_captions_are_those_of_sd_scripts(model, network, monkeypatch):
     expected = LOSS["text_encoder"]["max_token_length=225,lora=on"]
     monkeypatch.setattr(model, "max_tokens", 225)
-    reference.assert_tensor(model.text_states(model.tokens(expected["captions"])), expected, 1e-4)
+    states = model.text_states(model.tokens(expected["captions"])).states
+    reference.assert_tensor(states, expected, 1e-4)
 
 
 @pytest.mark.parametrize("length", [75, 225])
@@ -86,7 +89,7 @@ def test_states_of_weighted_captions_are_those_of_sd_scripts(model, network, len
     name = "weighted_captions,lora=on" if length == 75 else "weighted_captions,max_token_length=225,lora=on"
     expected = LOSS["text_encoder"][name]
     monkeypatch.setattr(model, "max_tokens", length)
-    states = model.text_states(model.tokens(expected["captions"], weighted=True))
+    states = model.text_states(model.tokens(expected["captions"], weighted=True)).states
     reference.assert_tensor(states, expected, 1e-4)
 
 

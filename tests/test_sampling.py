@@ -38,7 +38,7 @@ def test_the_picture_is_that_of_diffusers_own_pipeline(model):
     row = sampling.SAMPLERS["ddim"]
     pipeline = StableDiffusionPipeline(
         model.vae,
-        model.text_encoder,
+        model.text_encoders["te"],
         clip_tokens.tokenizer(),
         model.unet,
         DDIMScheduler(**model.schedule.config, **row.settings),

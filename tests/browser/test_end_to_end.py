@@ -78,7 +78,7 @@ def pictures_differ_in_diffusers(lora):
     from trainer.models import clip_tokens
 
     model = models.load("", "", torch.float32, torch.device("cpu"), 1, 75)
-    parts = (model.vae, model.text_encoder, clip_tokens.tokenizer(), model.unet)
+    parts = (model.vae, model.text_encoders["te"], clip_tokens.tokenizer(), model.unet)
     scheduler = DDIMScheduler(**model.schedule.config)
     pipeline = StableDiffusionPipeline(*parts, scheduler, None, None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)

@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from trainer.errors import ModelError
-from trainer.models.families import CONFIGS, Found, check_vae, detect, locate, read_lora
-from trainer.models.layout import text_encoder_names, unet_names, vae_names
+from trainer.models.facts import FAMILIES
+from trainer.models.families import Found, check_vae, detect, locate
+from trainer.models.layout import tables
 
 K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
@@ -19,21 +20,19 @@ VAE = {
     "first_stage_model.encoder.conv_in.weight": (8, 3, 3, 3),
 }
 SD1_TEXT = {"cond_stage_model.transformer.text_model.final_layer_norm.weight": (768,)}
-SD1_CONFIGS = json.loads(CONFIGS.read_text())
-SD1_NAMES = {
-    name: (1,)
-    for names, part in ((unet_names, "unet"), (vae_names, "vae"), (text_encoder_names, "text_encoder"))
-    for name in names(SD1_CONFIGS[part])
-}
-SD1 = {**SD1_NAMES, FIRST: (8, 4, 3, 3), **VAE, **SD1_TEXT, K: (8, 768)}
-SD2 = {FIRST: (8, 4, 3, 3), K: (8, 1024), **VAE, "cond_stage_model.model.ln_final.weight": (1024,)}
-SDXL = {
-    FIRST: (8, 4, 3, 3),
-    K.replace("1.1", "4.1"): (8, 2048),
-    **VAE,
-    "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (768,),
-    "conditioner.embedders.1.model.ln_final.weight": (1280,),
-}
+SD1_CONFIGS = FAMILIES["sd1"].configs
+
+
+def names(family):
+    """A shape for every tensor of a full-size model."""
+    family = FAMILIES[family]
+    return {name: (1,) for table in tables(family, family.configs).values() for name in table}
+
+
+SD1 = {**names("sd1"), FIRST: (8, 4, 3, 3), **VAE, **SD1_TEXT, K: (8, 768)}
+SD2 = {**names("sd2"), FIRST: (8, 4, 3, 3), K: (8, 1024), **VAE}
+XL_K = K.replace("1.1", "4.1")
+SDXL = {**names("sdxl"), FIRST: (8, 4, 3, 3), XL_K: (8, 2048), **VAE}
 LORA = {
     "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": (4, 768),
     "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight": (8, 4),
@@ -63,7 +62,25 @@ def refusal(function, *arguments):
 
 def test_sd1_is_told_by_its_text_encoder_and_width(model):
     found = detect(model(SD1))
-    assert (found.family, found.prediction, found.layout, found.width) == ("sd1", "epsilon", "single file", 768)
+    assert (found.family, found.prediction, found.layout, found.width) == ("sd1", "", "single file", 768)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "family", "width"), [(SD2, "sd2", 1024), (SDXL, "sdxl", 2048)], ids=["SD 2.x", "SDXL"]
+)
+def test_sd2_and_sdxl_are_told_by_their_text_encoders(model, shapes, family, width):
+    found = detect(model(shapes))
+    assert (found.family, found.width, found.prediction, found.zero_terminal_snr) == (family, width, "", False)
+    marked = detect(model(shapes | {"v_pred": (), "ztsnr": ()}))
+    assert (marked.family, marked.prediction, marked.zero_terminal_snr) == (family, "v_prediction", True)
+
+
+def test_the_earliest_files_leave_a_part_of_the_text_encoders_names_out(model):
+    old = {
+        name.replace("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."): shape
+        for name, shape in SD1.items()
+    }
+    assert detect(model(old)).family == "sd1"
 
 
 def test_the_tiny_model_is_sd1_by_the_configs_in_its_header(tiny_model):
@@ -86,14 +103,20 @@ def test_velocity_prediction_is_read_where_the_file_says_so(model, metadata):
 @pytest.mark.parametrize(
     ("shapes", "what"),
     [
-        (SD2, "a Stable Diffusion 2.x model, which is not supported yet"),
-        (SD1 | {K: (8, 1024)}, "a Stable Diffusion 2.x model"),
-        (SDXL, "an SDXL model, which is not supported yet"),
-        (SD1 | {FIRST: (8, 9, 3, 3)}, "for inpainting (9 input channels)"),
+        (SD2 | {FIRST: (8, 9, 3, 3)}, "a Stable Diffusion 2.x model for inpainting"),
+        (SDXL | {FIRST: (8, 8, 3, 3)}, "an SDXL model with 8 input channels instead of 4"),
+        (
+            {FIRST: (8, 4, 3, 3), **VAE, "conditioner.embedders.0.model.ln_final.weight": (1280,)},
+            "is the SDXL refiner, which only finishes pictures",
+        ),
+        (SD1 | {FIRST: (8, 9, 3, 3)}, "for inpainting (9 input channels"),
         (SD1 | {FIRST: (8, 8, 3, 3)}, "8 input channels instead of 4"),
         ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "Stable Diffusion 3"),
         ({"double_blocks.0.img_attn.qkv.weight": (1,)}, "a Flux model"),
-        (SD1 | {K: (8, 640)}, "a U-Net of unknown kind (its text states are 640 wide)"),
+        (
+            {FIRST: (8, 4, 3, 3), K: (8, 640), **VAE, "cond_stage_model.x": (1,)},
+            "a U-Net of unknown kind (its text states are 640 wide)",
+        ),
         (LORA, "is a LoRA, not a base model"),
         ({"unet.down_blocks.0.attn.to_k.lora_A.weight": (4, 8)}, "is a LoRA"),
         (VAE, "is a VAE, not a base model"),
@@ -147,10 +170,12 @@ def test_names_on_hugging_face_and_missing_paths():
 
 @pytest.fixture
 def folder(tmp_path):
-    def folder(pipeline="StableDiffusionPipeline", weights=True, scheduler="epsilon", **unet):
+    def folder(pipeline="StableDiffusionPipeline", weights=True, scheduler="epsilon", encoder=True, **unet):
         root = tmp_path / "model"
         unet = {"cross_attention_dim": 768, "in_channels": 4, "down_block_types": ["CrossAttnDownBlock2D"]} | unet
-        parts = {"unet": unet, "vae": {"latent_channels": 4}, "text_encoder": {"hidden_size": 768}}
+        parts = {"unet": unet, "vae": {"latent_channels": 4}} | (
+            {"text_encoder": {"hidden_size": 768}} if encoder else {}
+        )
         for part, config in parts.items():
             (root / part).mkdir(parents=True, exist_ok=True)
             (root / part / "config.json").write_text(json.dumps(config))
@@ -173,11 +198,13 @@ def test_a_diffusers_folder_is_told_by_its_configs(folder):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"pipeline": "StableDiffusionXLPipeline"}, "an SDXL model"),
+        (
+            {"pipeline": "StableDiffusionXLImg2ImgPipeline", "addition_embed_type": "text_time", "encoder": False},
+            "the SDXL refiner",
+        ),
         ({"pipeline": "StableDiffusion3Pipeline"}, "Stable Diffusion 3"),
         ({"pipeline": "FluxPipeline"}, "a Flux model"),
-        ({"cross_attention_dim": 1024}, "a Stable Diffusion 2.x model"),
-        ({"in_channels": 9}, "for inpainting"),
+        ({"in_channels": 9}, "for inpainting (9"),
         ({"pipeline": "DDPMPipeline", "down_block_types": ["DownBlock2D"]}, "of the kind DDPMPipeline"),
         ({"weights": False}, "holds no .safetensors weights"),
     ],
@@ -227,39 +254,6 @@ def test_what_is_no_vae_of_stable_diffusion_is_refused(model, folder):
         check_vae(str(path), base)
     assert "is not the folder of a VAE" in refusal(check_vae, str(folder() / "unet"))
     assert "There is no file or folder" in refusal(check_vae, "/nowhere/vae.safetensors")
-
-
-def test_the_ranks_of_convolutions_are_told_apart(model):
-    lora = read_lora(str(model(LORA | {"lora_unet_x_conv1.lora_down.weight": (2, 8, 3, 3)})))
-    assert (lora.ranks, lora.conv_ranks) == ({4}, {2})
-
-
-def test_loha_and_lokr_are_told_by_their_names(model):
-    names = ("lora_unet_x_to_q", "lora_unet_x_conv1")
-    loha = read_lora(str(model({f"{n}.hada_w1_b": (rank, 8) for n, rank in zip(names, (4, 2), strict=True)})))
-    assert (loha.type, loha.ranks, loha.conv_ranks, loha.parts) == ("LyCORIS/LoHa", {4}, {2}, {"unet"})
-    assert read_lora(str(model({f"{names[0]}.lokr_w1": (4, 8)}))).type == "LyCORIS/LoKr"
-    assert read_lora(str(model({f"{names[0]}.oft_blocks": (4, 8, 8)}))).type == "LyCORIS/Diag-OFT"
-    assert read_lora(str(model({f"{names[0]}.oft_blocks": (2, 4, 8, 8)}))).type == "LyCORIS/BOFT"
-    assert read_lora(str(model(LORA | {"lora_unet_x.dora_scale": (4, 1)}))).type == "LyCORIS/LoCon"
-
-
-def test_ranks_parts_and_width_of_a_lora(model):
-    lora = read_lora(str(model(LORA)))
-    assert (lora.ranks, lora.parts, lora.width, lora.modules) == ({4}, {"unet", "text_encoder"}, 768, 2)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "what"),
-    [
-        (SD1, "is a base model"),
-        ({"unet.down_blocks.0.attn.to_k.lora_A.weight": (4, 8)}, "is a LoRA in diffusers' naming"),
-        (LORA | {"lora_te1_x.lora_down.weight": (4, 8)}, "is a LoRA for SDXL"),
-        ({"classifier.weight": (3, 4)}, "is not a LoRA"),
-    ],
-)
-def test_other_files_are_refused_by_name(model, shapes, what):
-    assert what in refusal(read_lora, str(model(shapes)))
 
 
 def test_families_are_told_without_torch():

@@ -3,11 +3,27 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from tests import tiny
 from trainer.errors import ModelError
-from trainer.models.layout import from_original, text_encoder_names, to_original, unet_names, vae_names
+from trainer.models.facts import FAMILIES
+from trainer.models.layout import (
+    clip_names,
+    encoder_names,
+    from_original,
+    given,
+    taken,
+    to_original,
+    unet_names,
+    vae_names,
+)
+from trainer.models.sd import empty
 
 CROSS, PLAIN, UP_CROSS, UP_PLAIN = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 
@@ -113,43 +129,73 @@ def test_vae_names_cover_every_weight_and_agree_with_diffusers(config):
 @pytest.mark.parametrize("config", TEXT_ENCODERS.values(), ids=TEXT_ENCODERS)
 def test_text_encoder_names_cover_every_weight(config):
     expected = text_encoder(config).state_dict()
-    names = text_encoder_names(config)
+    names = clip_names("cond_stage_model.transformer.text_model.", config)
     assert set(names.values()) == set(expected)
     assert all(original == f"cond_stage_model.transformer.text_model.{name}" for original, name in names.items())
 
 
-@pytest.fixture
-def small():
-    configs = {"unet": UNETS["small"], "vae": VAES["small"], "text_encoder": TEXT_ENCODERS["small"]}
-    models = unet(configs["unet"]), vae(configs["vae"]), text_encoder(configs["text_encoder"])
+@pytest.mark.parametrize("hidden", [96, 64])
+def test_open_clip_names_cover_every_weight_and_agree_with_diffusers(hidden):
+    """SDXL's second encoder: q, k and v in one tensor, the projection transposed."""
+    config = {"hidden_size": hidden, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": hidden}
+    config |= {"intermediate_size": 64, "vocab_size": 10}
+    encoder = FAMILIES["sdxl"].encoders[1]
+    model = CLIPTextModelWithProjection(CLIPTextConfig(**config))
+    expected = model.state_dict()
+    names = encoder_names(encoder, config)
+    original = {theirs: given(theirs, expected, ours) for theirs, ours in names.items()}
+    assert original[encoder.prefix + "transformer.resblocks.1.attn.in_proj_weight"].shape == (3 * hidden, hidden)
+    converted = convert_open_clip_checkpoint(model, original, encoder.prefix)
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[name], expected[name]) for name in expected)
+    restored = dict(pair for theirs, ours in names.items() for pair in taken(theirs, original[theirs], ours))
+    assert restored.keys() == expected.keys()
+    assert all(torch.equal(restored[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(params=FAMILIES)
+def small(request):
+    family = FAMILIES[request.param]
+    configs = {"sd1": tiny.CONFIGS, "sd2": tiny.SD2_CONFIGS, "sdxl": tiny.SDXL_CONFIGS}[family.name]
+    parts = empty(family, configs)
     torch.manual_seed(0)
-    return configs, [{name: torch.randn(w.shape) for name, w in model.state_dict().items()} for model in models]
+    states = {
+        part: {name: torch.randn(w.shape) for name, w in model.state_dict().items() if "token_embedding" not in name}
+        for part, model in parts.items()
+    }
+    for part, state in states.items():
+        if part.startswith("text"):
+            inner = "text_model." if part == "text_encoder_2" else ""
+            state[f"{inner}embeddings.token_embedding.weight"] = torch.randn(5, 3)
+    return family, configs, states
 
 
 def test_to_original_and_back_changes_nothing(small):
-    configs, states = small
-    restored = from_original(to_original(*states, configs), configs)
-    for state, other in zip(states, restored, strict=True):
-        assert state.keys() == other.keys()
-        assert all(torch.equal(state[name], other[name]) for name in state)
+    family, configs, states = small
+    restored = from_original(to_original(states, configs, family), configs, family)
+    assert restored.keys() == states.keys()
+    for part, state in states.items():
+        assert state.keys() == restored[part].keys()
+        assert all(torch.equal(state[name], restored[part][name]) for name in state)
 
 
 def test_the_vae_attention_is_a_convolution_in_the_original(small):
-    configs, states = small
-    original = to_original(*states, configs)
-    assert original["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1)
-    assert original["first_stage_model.encoder.mid.attn_1.q.bias"].shape == (64,)
+    family, configs, states = small
+    original = to_original(states, configs, family)
+    assert original["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (32, 32, 1, 1)
+    assert original["first_stage_model.encoder.mid.attn_1.q.bias"].shape == (32,)
 
 
 def test_weights_that_no_table_names_are_left_out(small):
-    configs, states = small
-    original = to_original(*states, configs) | {"model_ema.decay": torch.zeros(())}
-    assert all("ema" not in name for state in from_original(original, configs) for name in state)
+    family, configs, states = small
+    original = to_original(states, configs, family) | {"model_ema.decay": torch.zeros(())}
+    restored = from_original(original, configs, family)
+    assert all("ema" not in name for state in restored.values() for name in state)
 
 
 def test_a_missing_weight_is_named(small):
-    configs, states = small
-    original = to_original(*states, configs)
+    family, configs, states = small
+    original = to_original(states, configs, family)
     del original["model.diffusion_model.out.2.bias"]
     with pytest.raises(ModelError, match=r"lacks 1 of .* U-Net: model\.diffusion_model\.out\.2\.bias"):
-        from_original(original, configs)
+        from_original(original, configs, family)

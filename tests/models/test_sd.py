@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from tests import tiny
 from trainer import models
-from trainer.models import clip_tokens, sd
+from trainer.models import clip_tokens, facts, sd
 
 CPU = torch.device("cpu")
 
@@ -17,6 +17,19 @@ def load(
     source: Path | str, dtype: torch.dtype = torch.float32, clip_skip: int = 1, tokens: int = 75
 ) -> sd.StableDiffusion:
     return models.load(str(source), "", dtype, CPU, clip_skip, tokens)
+
+
+def parts_of(model: sd.StableDiffusion) -> list[torch.nn.Module]:
+    return [model.unet, model.vae, *model.text_encoders.values()]
+
+
+def full_size(name: str) -> sd.StableDiffusion:
+    """A model of full size without weights."""
+    family = facts.FAMILIES[name]
+    parts = sd.empty(family, family.configs)
+    encoders = {encoder.key: parts[encoder.part] for encoder in family.encoders}
+    schedule = models.Schedule.of(family.configs["scheduler"])
+    return sd.StableDiffusion(family, parts["unet"], parts["vae"], encoders, schedule, torch.float32, CPU, 1, 75)
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +49,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.proves("pretrained_model_name_or_path")
 def test_a_single_file_and_a_folder_are_the_same_model(tiny_model, folder):
     one, other = load(tiny_model), load(folder)
-    for part in ("unet", "vae", "text_encoder"):
-        states = [dict(getattr(m, part).named_parameters()) for m in (one, other)]
+    for parts in zip(parts_of(one), parts_of(other), strict=True):
+        states = [dict(part.named_parameters()) for part in parts]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
 def test_weights_are_loaded_in_the_compute_dtype_and_frozen(tiny_model):
     model = load(tiny_model, torch.bfloat16)
-    for part in (model.unet, model.vae, model.text_encoder):
+    for part in parts_of(model):
         assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
         assert not any(p.requires_grad for p in part.parameters())
     assert model.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
@@ -56,16 +69,16 @@ def test_short_texts_have_the_states_of_transformers_own_encoder(tiny_model):
     texts = ["a photo of a cat", "", "a, b, c (d:1.2) 日本語"]
     ids = clip_tokens.tokenizer()(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     expected = reference.eval()(ids["input_ids"]).last_hidden_state
-    torch.testing.assert_close(model.text_states(model.tokens(texts)), expected)
+    torch.testing.assert_close(model.text_states(model.tokens(texts)).states, expected)
 
 
 @pytest.mark.proves("clip_skip")
 def test_clip_skip_two_is_the_layer_before_the_last_through_the_final_norm(tiny_model):
     model = load(tiny_model, clip_skip=2)
     _, _, reference = tiny.modules()
-    answer = reference.eval()(model.tokens(["a cat"]).ids[:, 0], output_hidden_states=True)
+    answer = reference.eval()(model.tokens(["a cat"])[0].ids[:, 0], output_hidden_states=True)
     expected = reference.final_layer_norm(answer.hidden_states[-2])
-    torch.testing.assert_close(model.text_states(model.tokens(["a cat"])), expected)
+    torch.testing.assert_close(model.text_states(model.tokens(["a cat"])).states, expected)
 
 
 @pytest.mark.proves("max_token_length")
@@ -75,11 +88,11 @@ def test_long_texts_are_joined_from_chunks_with_their_own_marks(tiny_model, toke
     _, _, reference = tiny.modules()
     text = ", ".join(["cat"] * 60)
     tokens_of_text = model.tokens([text])
-    ids = tokens_of_text.ids
+    ids = tokens_of_text[0].ids
     assert ids.shape == (1, tokens // 75, 77)
     assert (ids[..., 0] == clip_tokens.BEGIN).all()
     assert (ids[..., -1] == clip_tokens.END).all()
-    states = model.text_states(tokens_of_text)
+    states = model.text_states(tokens_of_text).states
     assert states.shape == (1, length, 32)
     hidden = [reference.eval()(chunk[None]).last_hidden_state[0] for chunk in ids[0]]
     torch.testing.assert_close(states[0, 0], hidden[0][0])
@@ -89,12 +102,7 @@ def test_long_texts_are_joined_from_chunks_with_their_own_marks(tiny_model, toke
 
 
 def test_targets_are_the_264_layers_of_kohyas_lora_for_the_full_model():
-    import json
-
-    configs = json.loads(sd.CONFIGS.read_text())
-    unet, vae, text_encoder = sd._empty(configs)
-    schedule = models.Schedule.of(configs["scheduler"])
-    targets = sd.StableDiffusion(unet, vae, text_encoder, schedule, torch.float32, CPU, 1, 75).targets()
+    targets = full_size("sd1").targets()
     places = [(target.part, target.place) for target in targets.values()]
     assert places.count(("text_encoder", "attention")) == 72
     assert places.count(("unet", "attention")) == 192
@@ -130,8 +138,8 @@ def test_attention_processors_give_the_same_answer(tiny_model):
     from diffusers.models.attention_processor import AttnProcessor
 
     model = load(tiny_model)
-    x, t, states = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 77, 32)
-    fast = model.predict(x, t, states)
+    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), models.TextStates(torch.randn(2, 77, 32))
+    fast = model.predict(x, t, text)
     assert isinstance(model.unet, UNet2DConditionModel)
     model.unet.set_attn_processor(AttnProcessor())
-    torch.testing.assert_close(model.predict(x, t, states), fast, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.predict(x, t, text), fast, rtol=1e-4, atol=1e-5)

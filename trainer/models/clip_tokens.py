@@ -39,7 +39,7 @@ def byte_symbols() -> list[str]:
 
 @lru_cache
 def tokenizer() -> CLIPTokenizer:
-    """A CLIPTokenizer with the 49,408 entries that every SD 1.x and SDXL model uses."""
+    """A CLIPTokenizer with the 49,408 entries that every Stable Diffusion model uses."""
     from transformers import CLIPTokenizer
 
     with gzip.open(MERGES, "rt", encoding="utf-8") as file:
@@ -67,6 +67,26 @@ class Tokens:
     ids: torch.Tensor
     weights: torch.Tensor | None = None
 
+    @property
+    def rows(self) -> torch.Tensor:
+        """The chunks of all texts as one batch [B·chunks, length]."""
+        return self.ids.flatten(0, 1)
+
+    def joined(self, states: torch.Tensor) -> torch.Tensor:
+        """The texts' states [B, 75·chunks + 2, C] from those of the chunks [B·chunks, length, C].
+
+        Multiplied by the weights; of several chunks the inner begin and end marks are left out.
+        """
+        import torch
+
+        states = states.unflatten(0, self.ids.shape[:2])
+        if self.weights is not None:
+            states = states * self.weights.to(states.dtype)[..., None]
+        return torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], 1)
+
+    def to(self, device: torch.device) -> Tokens:
+        return Tokens(self.ids.to(device), None if self.weights is None else self.weights.to(device))
+
 
 # CLIP was trained on text that ftfy had put right. This is the part of it that captions meet:
 # ligatures and letters of full or half width, and curly quotes.
@@ -89,12 +109,15 @@ def clean(text: str) -> str:
     return unicodedata.normalize("NFC", _CONTROLS.sub("", text.translate(_PLAIN)))
 
 
-def tokenize(texts: list[str], max_tokens: int, *, weighted: bool = False, padded: bool = True) -> Tokens:
+def tokenize(
+    texts: list[str], max_tokens: int, *, weighted: bool = False, padded: bool = True, padding: int | None = None
+) -> Tokens:
     """Token ids of each text in chunks of 77: begin mark, 75 tokens, end mark.
 
-    `max_tokens` is 75, 150 or 225; longer texts are cut, shorter ones filled with end marks: up to
-    `max_tokens`, or where not `padded` only up to the longest text, which makes a single chunk
-    shorter and several fewer. `weighted` texts have their brackets read.
+    `max_tokens` is 75, 150 or 225; longer texts are cut, shorter ones filled: up to `max_tokens`, or where
+    not `padded` only up to the longest text, which makes a single chunk shorter and several fewer.
+    `weighted` texts have their brackets read. Filled with end marks, or, after one end mark, with the
+    token `padding`: then a chunk that begins beyond the text has its end mark first.
     """
     import torch
 
@@ -104,15 +127,16 @@ def tokenize(texts: list[str], max_tokens: int, *, weighted: bool = False, padde
     length = max_tokens
     if not padded:
         length = min(max_tokens, longest if longest <= 75 else -(-longest // 75) * 75)
-    filled = [line[:length] + [(END, 1.0)] * (length - len(line)) for line in lines]
-    rows = [[_chunk(line[i : i + 75]) for i in range(0, max(1, length), 75)] for line in filled]
+    places = range(0, max(1, length), 75)
+    rows = [[_chunk(line[:length][i : i + 75], min(75, length), padding) for i in places] for line in lines]
     ids = torch.tensor([[[token for token, _ in chunk] for chunk in row] for row in rows], dtype=torch.int64)
     weights = torch.tensor([[[weight for _, weight in chunk] for chunk in row] for row in rows])
     return Tokens(ids, weights if weighted else None)
 
 
-def _chunk(line: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    return [(BEGIN, 1.0), *line, (END, 1.0)]
+def _chunk(piece: list[tuple[int, float]], length: int, padding: int | None) -> list[tuple[int, float]]:
+    fill = END if padding is None else padding
+    return [(BEGIN, 1.0), *piece, (END, 1.0), *[(fill, 1.0)] * (length - len(piece))]
 
 
 def _plain_ids(text: str) -> list[tuple[int, float]]:

@@ -12,60 +12,35 @@ from typing import Any, Literal
 
 from trainer.errors import ModelError
 from trainer.models import layout
+from trainer.models.facts import FAMILIES, Family
 from trainer.paths import absent, base_model, resolve, shown
 from trainer.tensorfile import Header, TensorInfo, header
 
-SUPPORTED = {"sd1": "Stable Diffusion 1.x"}
-CONFIGS = Path(__file__).parent.parent / "assets" / "sd1" / "configs.json"
-PARTS = {"unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder"}
+*_FIRST, _LAST = (family.title for family in FAMILIES.values())
+TITLES = f"{', '.join(_FIRST)} or {_LAST}"
 
 UNET = "model.diffusion_model."
-CONVOLUTION = re.compile(r"_(conv[12]?|conv_in|conv_out)\.")
 FIRST_LAYER = UNET + "input_blocks.0.0.weight"
-SD1_WIDTH, SD2_WIDTH = 768, 1024
 
 Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
 class Found:
-    """A base model. `width` is that of the text states its U-Net attends to (SD 1.x: 768),
-    `vae_channels` the channels of its VAE's innermost level (SD: 512), None where not told."""
+    """A base model.
+
+    `prediction`: what it says its U-Net answers, "" where it says nothing. `what`: in a sentence. `width`: of the text
+    states that its U-Net attends to (SD 1.x: 768). `vae_channels`: of its VAE's innermost level (SD: 512), None where
+    not told. `zero_terminal_snr`: whether it says that its last timestep is pure noise.
+    """
 
     family: str
-    prediction: Literal["epsilon", "v_prediction"]
+    prediction: Literal["", "epsilon", "v_prediction"]
     layout: Literal["diffusers", "single file"]
     what: str
     width: int
     vae_channels: int | None = None
-
-
-# Parts of tensors' names that tell the LoRA type. DoRA's comes last: other types have it too.
-MARKS = {
-    ".hada_": "LyCORIS/LoHa",
-    ".lokr_": "LyCORIS/LoKr",
-    ".on_input": "LyCORIS/iA3",
-    ".oft_blocks": "LyCORIS/Diag-OFT",
-    ".a1.weight": "LyCORIS/GLoRA",
-    ".diff": "LyCORIS/Native Fine-Tuning",
-    ".lora_mid.": "LyCORIS/LoCon",
-    ".dora_scale": "LyCORIS/LoCon",
-}
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA file: its ranks, those of 3×3 convolutions, its parts ("unet", "text_encoder"), and its U-Net's `width`.
-
-    `type`: the LoRA type that it is of, where its names tell; "" for up and down matrices, which several write.
-    """
-
-    type: str
-    ranks: frozenset[int]
-    conv_ranks: frozenset[int]
-    parts: frozenset[str]
-    width: int | None
-    modules: int
+    zero_terminal_snr: bool = False
 
 
 def locate(source: str) -> Path:
@@ -85,70 +60,74 @@ def locate(source: str) -> Path:
 
 
 def detect(path: Path) -> Found:
-    """Which base model `path` is. Raises ModelError when it is none, or of an unsupported family."""
+    """Which base model `path` is. Raises ModelError when it is none, or not one that LoRAs can be trained for here."""
     found = _folder(path) if path.is_dir() else _file(path)
-    if found.family not in SUPPORTED:
-        raise ModelError(
-            f'"{shown(path)}" is {found.what}, which is not supported yet.',
-            f"Choose a model of the family {' or '.join(SUPPORTED.values())}.",
-        )
+    if found.family not in FAMILIES:
+        raise ModelError(f'"{shown(path)}" is {found.what}.', f"Choose a base model of {TITLES}.")
     return found
 
 
 def _file(path: Path) -> Found:
     head = header(path)
     tensors = head.tensors
-    what = _other_than_a_base_model(tensors)
+    what = other_than_a_base_model(tensors)
     if what:
         raise ModelError(
             f'"{shown(path)}" is {what}, not a base model.',
             "Name a complete checkpoint: U-Net, VAE and text encoder in one file.",
         )
-    width = _width(tensors)
-    configs = _embedded_configs(path, head)
-    prediction = _prediction(head, configs)
-    family, what = _family(tensors, width, bool(configs))
-    missing = _missing_part(tensors)
-    if family in SUPPORTED and missing:
-        raise ModelError(
-            f'"{shown(path)}" lacks its {missing}.', "Name a complete checkpoint: U-Net, VAE and text encoder."
-        )
-    if not family:
+    name, what = _family(tensors)
+    if not name:
         raise ModelError(
             f'"{shown(path)}" is {what}: its {len(tensors)} tensors are those of no known base model'
             f"{f' (the first is {next(iter(tensors))})' if tensors else ''}.",
-            f"Choose a model of the family {' or '.join(SUPPORTED.values())}.",
+            f"Choose a base model of {TITLES}.",
         )
-    if family in SUPPORTED:
-        _require_all_tensors(path, tensors, configs)
-    return Found(family, prediction, "single file", what, width, _vae_channels(tensors))
+    configs = _embedded_configs(path, head)
+    prediction, zero_terminal_snr = _said(head, configs)
+    if name in FAMILIES:
+        _require_all_tensors(path, FAMILIES[name], tensors, configs)
+    width = _width(tensors)
+    return Found(name, prediction, "single file", what, width, _vae_channels(tensors), zero_terminal_snr)
 
 
-def _family(tensors: Tensors, width: int, has_configs: bool) -> tuple[str, str]:
+def _family(tensors: Tensors) -> tuple[str, str]:
+    """The family by its text encoder's names, and what the file is; "" and why where it is of none."""
+
     def any_of(*starts: str) -> bool:
         return any(name.startswith(starts) for name in tensors)
 
     if any_of("model.diffusion_model.joint_blocks.", "joint_blocks."):
-        return "sd3", "Stable Diffusion 3"
+        return "sd3", "Stable Diffusion 3, which is not supported"
     if any_of("model.diffusion_model.double_blocks.", "double_blocks.", "transformer.single_transformer_blocks."):
-        return "flux", "a Flux model"
+        return "flux", "a Flux model, which is not supported"
     if FIRST_LAYER not in tensors:
         return "", "not a Stable Diffusion checkpoint"
     channels = tensors[FIRST_LAYER].shape[1] if len(tensors[FIRST_LAYER].shape) == 4 else 0
-    if any_of("conditioner.embedders."):
-        refiner = not any_of("conditioner.embedders.1.")
-        family, what = ("sdxl-refiner", "the SDXL refiner") if refiner else ("sdxl", "an SDXL model")
-    elif any_of("cond_stage_model.model.") or width == SD2_WIDTH:
-        family, what = "sd2", "a Stable Diffusion 2.x model"
-    elif width == SD1_WIDTH or (has_configs and width):
-        family, what = "sd1", "a Stable Diffusion 1.x model"
-    else:
+    if any_of("conditioner.embedders.0.model."):
+        return "sdxl-refiner", REFINER
+    width = _width(tensors)
+    families = [f for f in FAMILIES.values() if all(any_of(_root(encoder.prefix)) for encoder in f.encoders)]
+    if not families:
+        families = [family for family in FAMILIES.values() if family.width == width]
+    if not families:
         return "", f"a U-Net of unknown kind (its text states are {width} wide)"
+    return _with_channels(families[0], channels)
+
+
+def _root(prefix: str) -> str:
+    """ "cond_stage_model.transformer." of "cond_stage_model.transformer.text_model."."""
+    return prefix.removesuffix("text_model.")
+
+
+def _with_channels(family: Family, channels: int) -> tuple[str, str]:
     if channels == 9:
-        return f"{family}-inpainting", f"{what} for inpainting (9 input channels)"
+        return f"{family.name}-inpainting", (
+            f"{family.what} for inpainting (9 input channels: latents, mask and masked latents; training has the first 4)"
+        )
     if channels != 4:
-        return f"{family}-{channels}", f"{what} with {channels} input channels instead of 4"
-    return family, what
+        return f"{family.name}-{channels}", f"{family.what} with {channels} input channels instead of 4"
+    return family.name, family.what
 
 
 def _width(tensors: Tensors) -> int:
@@ -159,32 +138,30 @@ def _width(tensors: Tensors) -> int:
     return 0
 
 
-def _missing_part(tensors: Tensors) -> str:
-    for part, prefix in (("text encoder", "cond_stage_model."), ("VAE", "first_stage_model.")):
-        if not any(name.startswith(prefix) for name in tensors):
-            return part
-    return ""
-
-
-def _require_all_tensors(path: Path, tensors: Tensors, configs: Mapping[str, Any]) -> None:
-    """Raises ModelError when a tensor is missing that the configs ask for."""
-    configs = configs or json.loads(CONFIGS.read_text())
-    tables = {"unet": layout.unet_names, "vae": layout.vae_names, "text_encoder": layout.text_encoder_names}
-    for part, names in tables.items():
+def _require_all_tensors(path: Path, family: Family, tensors: Tensors, configs: Mapping[str, Any]) -> None:
+    """Raises ModelError when a part or a tensor is missing that the configs ask for."""
+    roots = {encoder.part: _root(encoder.prefix) for encoder in family.encoders} | {"vae": layout.VAE_PREFIX}
+    for part, root in roots.items():
+        if not any(name.startswith(root) for name in tensors):
+            raise ModelError(
+                f'"{shown(path)}" lacks its {family.parts[part]}.',
+                "Name a complete checkpoint: U-Net, VAE and text encoder.",
+            )
+    configs = configs or family.configs
+    for part, noun in family.parts.items():
         try:
             _require_modest(configs[part])
-            wanted = names(configs[part])
+            wanted = layout.tables(family, configs, tensors)[part]
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ModelError(
-                f'"{shown(path)}" is damaged: the config in its header has no usable {PARTS[part]}.',
-                "Fetch the file again.",
+                f'"{shown(path)}" is damaged: the config in its header has no usable {noun}.', "Fetch the file again."
             ) from error
         missing = [name for name in wanted if name not in tensors]
         if missing:
             raise ModelError(
-                f'"{shown(path)}" lacks {len(missing)} of the {len(wanted)} tensors of its {PARTS[part]}, '
+                f'"{shown(path)}" lacks {len(missing)} of the {len(wanted)} tensors of its {noun}, '
                 f"the first is {missing[0]}.",
-                "Name a complete checkpoint of Stable Diffusion 1.x.",
+                f"Name a complete checkpoint of {family.title}.",
             )
 
 
@@ -211,18 +188,29 @@ def _embedded_configs(path: Path, head: Header) -> Mapping[str, Any]:
         configs = json.loads(head.metadata.get("config", "{}"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f'"{shown(path)}" is damaged: its config is not JSON.', "Fetch the file again.") from error
-    return configs if isinstance(configs, dict) and set(configs) >= set(PARTS) else {}
+    return configs if isinstance(configs, dict) and "unet" in configs else {}
 
 
-def _prediction(head: Header, configs: Mapping[str, Any]) -> Literal["epsilon", "v_prediction"]:
-    """Only what the file says for itself: its config, its modelspec metadata, or a `v_pred` mark."""
+def _said(head: Header, configs: Mapping[str, Any]) -> tuple[Literal["", "epsilon", "v_prediction"], bool]:
+    """What the file says for itself of its prediction, and whether its last timestep is pure noise.
+
+    In its config, in its modelspec metadata, or by empty tensors that are called so, as NoobAI and its children do it.
+    """
     scheduler = configs.get("scheduler")
-    said = scheduler.get("prediction_type") if isinstance(scheduler, dict) else None
-    said = said or head.metadata.get("modelspec.prediction_type") or ("v" if "v_pred" in head.tensors else "")
-    return "v_prediction" if str(said).startswith("v") else "epsilon"
+    scheduler = scheduler if isinstance(scheduler, dict) else {}
+    said = scheduler.get("prediction_type") or head.metadata.get("modelspec.prediction_type", "")
+    if "v_pred" in head.tensors:
+        said = "v"
+    return _prediction(said), "ztsnr" in head.tensors or scheduler.get("rescale_betas_zero_snr") is True
 
 
-def _other_than_a_base_model(tensors: Tensors) -> str:
+def _prediction(said: object) -> Literal["", "epsilon", "v_prediction"]:
+    if str(said).startswith("v"):
+        return "v_prediction"
+    return "epsilon" if said == "epsilon" else ""
+
+
+def other_than_a_base_model(tensors: Tensors) -> str:
     """What a file without a base model's U-Net is, by its tensors' names; empty if not known."""
     if any(name.startswith(UNET) for name in tensors):
         parts = {"cond_stage_model.", "conditioner.", "text_encoders."}
@@ -251,10 +239,10 @@ def _other_than_a_base_model(tensors: Tensors) -> str:
     return ""
 
 
+REFINER = "the SDXL refiner, which only finishes pictures: LoRAs are trained for the base model"
 _PIPELINES = {
-    "StableDiffusionXL": ("sdxl", "an SDXL model"),
-    "StableDiffusion3": ("sd3", "Stable Diffusion 3"),
-    "Flux": ("flux", "a Flux model"),
+    "StableDiffusion3": ("sd3", "Stable Diffusion 3, which is not supported"),
+    "Flux": ("flux", "a Flux model, which is not supported"),
 }
 
 
@@ -265,35 +253,47 @@ def _folder(path: Path) -> Found:
     pipeline = str(index.get("_class_name", ""))
     for start, (family, what) in _PIPELINES.items():
         if pipeline.startswith(start):
-            return Found(family, "epsilon", "diffusers", what, 0)
-    parts = {part: _json(path / part / "config.json") for part in PARTS}
-    for part in parts:
-        for file in _weights(path / part):
-            header(file)
-    unet = parts["unet"]
+            return Found(family, "", "diffusers", what, 0)
+    unet = _json(path / "unet" / "config.json")
     width = unet.get("cross_attention_dim")
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    said = _json(scheduler).get("prediction_type") if scheduler.is_file() else None
-    prediction: Literal["epsilon", "v_prediction"] = "v_prediction" if said == "v_prediction" else "epsilon"
-    if (path / "text_encoder_2").is_dir() or width == 2048:
-        return Found("sdxl", prediction, "diffusers", "an SDXL model", 2048)
     if not isinstance(width, int) or "CrossAttn" not in str(unet.get("down_block_types")):
         raise ModelError(
             f'"{shown(path)}" is a model of the kind {pipeline or unet.get("_class_name")}, '
             "whose U-Net attends to no text as Stable Diffusion's does.",
-            f"Choose a model of the family {' or '.join(SUPPORTED.values())}.",
+            f"Choose a base model of {TITLES}.",
         )
-    family, what = "sd1", "a Stable Diffusion 1.x model"
-    if width == SD2_WIDTH:
-        family, what = "sd2", "a Stable Diffusion 2.x model"
-    channels = unet.get("in_channels", 4)
-    if channels == 9:
-        family, what = f"{family}-inpainting", f"{what} for inpainting (9 input channels)"
-    elif channels != 4:
-        family, what = f"{family}-{channels}", f"{what} with {channels} input channels instead of 4"
-    innermost = parts["vae"].get("block_out_channels")
-    channels = innermost[-1] if isinstance(innermost, list) and innermost else None
-    return Found(family, prediction, "diffusers", what, width, channels)
+    if unet.get("addition_embed_type") == "text_time" and not (path / "text_encoder").is_dir():
+        return Found("sdxl-refiner", "", "diffusers", REFINER, width)
+    family = _most_alike(unet)
+    configs = {part: _json(path / part / "config.json") for part in family.parts}
+    for part in family.parts:
+        for file in weight_files(path / part):
+            header(file)
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    said = _json(scheduler) if scheduler.is_file() else {}
+    name, what = _with_channels(family, unet.get("in_channels", 4))
+    innermost = configs["vae"].get("block_out_channels")
+    return Found(
+        name,
+        _prediction(said.get("prediction_type")),
+        "diffusers",
+        what,
+        width,
+        innermost[-1] if isinstance(innermost, list) and innermost else None,
+        said.get("rescale_betas_zero_snr") is True,
+    )
+
+
+def _most_alike(unet: Mapping[str, Any]) -> Family:
+    """The family whose full-size U-Net has most of what tells the families apart."""
+
+    def score(family: Family) -> int:
+        return sum(
+            family.configs["unet"].get(key) == unet.get(key) or not (family.configs["unet"].get(key) or unet.get(key))
+            for key in ("addition_embed_type", "use_linear_projection", "cross_attention_dim")
+        )
+
+    return max(FAMILIES.values(), key=score)
 
 
 def _no_model_in(path: Path) -> ModelError:
@@ -315,7 +315,7 @@ def _no_model_in(path: Path) -> ModelError:
     )
 
 
-def _weights(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The weight files of one part. Raises ModelError when there are none."""
     for stem in ("diffusion_pytorch_model", "model"):
         for variant in ("", ".fp16"):
@@ -359,7 +359,7 @@ def check_vae(text: str, base: Found | None = None) -> None:
         config = _json(folder / "config.json")
         if "latent_channels" not in config:
             raise ModelError(f'"{shown(folder)}" is not the folder of a VAE.', "Leave it empty for the base model's.")
-        for file in _weights(folder):
+        for file in weight_files(folder):
             header(file)
         channels = config["latent_channels"]
     else:
@@ -368,7 +368,7 @@ def check_vae(text: str, base: Found | None = None) -> None:
             (n for n in ("first_stage_model.decoder.conv_in.weight", "decoder.conv_in.weight") if n in tensors), ""
         )
         if not first or len(tensors[first].shape) != 4:
-            what = _other_than_a_base_model(tensors)
+            what = other_than_a_base_model(tensors)
             raise ModelError(
                 f'"{shown(path)}" is {what or "not a VAE"}{", not a VAE" if what else ""}.',
                 "Leave it empty for the base model's own.",
@@ -385,37 +385,6 @@ def check_vae(text: str, base: Found | None = None) -> None:
             f'"{shown(path)}" is a VAE with {channels} latent channels; Stable Diffusion needs 4.',
             "Leave it empty for the base model's own.",
         )
-
-
-def read_lora(text: str) -> Lora:
-    """What a LoRA file holds. Raises ModelError when it is none, or of a type that is not supported."""
-    path = resolve(text)
-    if not os.path.exists(path):  # noqa: PTH110
-        raise ModelError(_sentence(absent(text, "file")))
-    tensors = header(path).tensors
-    names = " ".join(tensors)
-    if not any(name.startswith(("lora_unet_", "lora_te")) for name in tensors):
-        diffusers = re.search(r"\.lora_[AB]\b|\.lora\.(down|up)\b|_lora\.(down|up)\b", names)
-        what = "a LoRA in diffusers' naming" if diffusers else _other_than_a_base_model(tensors)
-        what = what or ("a base model" if any(n.startswith(UNET) for n in tensors) else "not a LoRA")
-        raise ModelError(
-            f'"{shown(path)}" is {what}; its tensors are not named lora_unet_… or lora_te_….',
-            "Name a LoRA made by this program, kohya_ss or sd-scripts.",
-        )
-    kind = next((label for mark, label in MARKS.items() if mark in names), "")
-    if any(name.endswith(".oft_blocks") and len(tensor.shape) == 4 for name, tensor in tensors.items()):
-        kind = "LyCORIS/BOFT"
-    downs = {
-        n: t for n, t in tensors.items() if n.endswith((".lora_down.weight", ".hada_w1_b", ".b2.weight")) and t.shape
-    }
-    if any(name.startswith(("lora_te1_", "lora_te2_")) for name in tensors):
-        raise ModelError(f'"{shown(path)}" is a LoRA for SDXL, which is not supported yet.', "Name one for SD 1.x.")
-    convolutions = {n: t for n, t in downs.items() if CONVOLUTION.search(n) or t.shape[2:] == (3, 3)}
-    plain = {n: t for n, t in downs.items() if n not in convolutions}
-    width = next((t.shape[1] for n, t in downs.items() if "_attn2_to_k." in n and len(t.shape) > 1), None)
-    parts = {"unet" if name.startswith("lora_unet_") else "text_encoder" for name in tensors if "." in name}
-    ranks, conv_ranks = (frozenset(t.shape[0] for t in group.values()) for group in (plain, convolutions))
-    return Lora(kind, ranks, conv_ranks, frozenset(parts), width, len(downs))
 
 
 def _sentence(message: str) -> str:

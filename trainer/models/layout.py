@@ -1,56 +1,101 @@
 """Where each weight is in an original Stable Diffusion file, and where diffusers keeps it.
 
-`unet_names`, `vae_names` and `text_encoder_names` compute the table from a diffusers (transformers) config, for
-any number of levels, channels, layers and attentions: original name → diffusers name. `from_original` and
-`to_original` apply all three tables. Nothing here imports torch.
+`unet_names`, `vae_names`, `clip_names` and `open_clip_names` compute the table from a diffusers (transformers)
+config, for any number of levels, channels, layers and attentions: original name → diffusers name. `tables` has
+those of all parts of a family; `from_original` and `to_original` apply them. The tables need no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trainer.errors import ModelError
+from trainer.models.facts import Encoder, Family
 
 Config = Mapping[str, Any]
-Names = dict[str, str]
+# Several names: the original holds those tensors as one, in this order along its first side.
+Names = dict[str, str | tuple[str, ...]]
 Weights = dict[str, Any]
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-TEXT_ENCODER_PREFIX = "cond_stage_model.transformer.text_model."
 
 
-def from_original(weights: Mapping[str, Any], configs: Mapping[str, Config]) -> tuple[Weights, Weights, Weights]:
-    """State dicts of U-Net, VAE and text encoder, as diffusers and transformers name them.
+def tables(family: Family, configs: Mapping[str, Config], present: Iterable[str] = ()) -> dict[str, Names]:
+    """Each part's table of names: "unet", "vae", and the text encoders' parts.
 
-    `configs` has the three configs under "unet", "vae" and "text_encoder". Weights that no table names are left
-    out. Raises ModelError when a named weight is missing.
+    `present`: the names in the file, where it may be one of the earliest, which leave "text_model." out.
     """
-    vae = _pick(weights, vae_names(configs["vae"]), "VAE")
-    for name in _vae_attention_weights(vae):
+    encoders = {}
+    for encoder in family.encoders:
+        names = encoder_names(encoder, configs[encoder.part])
+        old = encoder.prefix.removesuffix("text_model.")
+        if f"{old}embeddings.token_embedding.weight" in present:
+            names = {old + name.removeprefix(encoder.prefix): ours for name, ours in names.items()}
+        encoders[encoder.part] = names
+    return {"unet": unet_names(configs["unet"]), "vae": vae_names(configs["vae"]), **encoders}
+
+
+def from_original(weights: Mapping[str, Any], configs: Mapping[str, Config], family: Family) -> dict[str, Weights]:
+    """Each part's state dict, as diffusers and transformers name it.
+
+    `configs` has the parts' configs. Weights that no table names are left out. Raises ModelError when a named weight
+    is missing.
+    """
+    states = {}
+    for part, names in tables(family, configs, weights).items():
+        missing = [original for original in names if original not in weights]
+        if missing:
+            shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+            raise ModelError(
+                f"The file lacks {len(missing)} of the {len(names)} weights of its {family.parts[part]}: {shown}.",
+                "Choose a complete checkpoint of the chosen model family; a LoRA, a VAE or a U-Net alone is not "
+                "enough.",
+            )
+        states[part] = {
+            name: tensor
+            for original, ours in names.items()
+            for name, tensor in taken(original, weights[original], ours)
+        }
+    for name in _vae_attention_weights(states["vae"]):
         # 1×1 convolutions in the original, Linear in diffusers.
-        vae[name] = vae[name].reshape(vae[name].shape[:2])
-    return (
-        _pick(weights, unet_names(configs["unet"]), "U-Net"),
-        vae,
-        _pick(weights, text_encoder_names(configs["text_encoder"]), "text encoder"),
-    )
+        states["vae"][name] = states["vae"][name].reshape(states["vae"][name].shape[:2])
+    return states
 
 
-def to_original(
-    unet: Mapping[str, Any], vae: Mapping[str, Any], text_encoder: Mapping[str, Any], configs: Mapping[str, Config]
-) -> Weights:
-    """One state dict with original names: the inverse of `from_original`."""
-    vae = dict(vae)
+def to_original(states: Mapping[str, Mapping[str, Any]], configs: Mapping[str, Config], family: Family) -> Weights:
+    """One state dict with original names, from each part's: the inverse of `from_original`."""
+    vae = dict(states["vae"])
     for name in _vae_attention_weights(vae):
         vae[name] = vae[name].reshape(*vae[name].shape, 1, 1)
-    tables = (
-        (unet, unet_names(configs["unet"])),
-        (vae, vae_names(configs["vae"])),
-        (text_encoder, text_encoder_names(configs["text_encoder"])),
-    )
-    return {original: weights[name] for weights, names in tables for original, name in names.items()}
+    return {
+        original: given(original, {**states, "vae": vae}[part], ours)
+        for part, names in tables(family, configs).items()
+        for original, ours in names.items()
+    }
+
+
+def taken(original: str, tensor: Any, ours: str | tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """What becomes of a tensor of the original: (our name, tensor), one or several."""
+    if isinstance(ours, tuple):
+        yield from zip(ours, tensor.chunk(len(ours)), strict=True)
+    else:
+        yield ours, tensor.T if _is_transposed(original) else tensor
+
+
+def given(original: str, weights: Mapping[str, Any], ours: str | tuple[str, ...]) -> Any:
+    """The original's tensor, from ours."""
+    if isinstance(ours, tuple):
+        import torch
+
+        return torch.cat([weights[name] for name in ours])
+    return weights[ours].T.contiguous() if _is_transposed(original) else weights[ours]
+
+
+def _is_transposed(original: str) -> bool:
+    """OpenCLIP multiplies by its projection from the right."""
+    return original.endswith(".text_projection")
 
 
 def unet_names(config: Config) -> Names:
@@ -63,8 +108,22 @@ def vae_names(config: Config) -> Names:
     return _prefixed(VAE_PREFIX, _vae_layers(config))
 
 
-def text_encoder_names(config: Config) -> Names:
-    """Original name → transformers name of every weight of a CLIPTextModel, as SD 1.x files hold it."""
+def encoder_names(encoder: Encoder, config: Config) -> Names:
+    """Original name → transformers name of every weight of a text encoder."""
+    make = open_clip_names if encoder.naming == "open_clip" else clip_names
+    names = make(encoder.prefix, config)
+    if not encoder.projected:
+        return names
+    inner = "text_model."
+    projection: Names = {f"{encoder.prefix}text_projection": "text_projection.weight"}
+    return projection | {
+        original: tuple(inner + one for one in ours) if isinstance(ours, tuple) else inner + ours
+        for original, ours in names.items()
+    }
+
+
+def clip_names(prefix: str, config: Config) -> Names:
+    """The table of a CLIPTextModel that the original file holds in transformers' own naming."""
     names = ["embeddings.token_embedding.weight", "embeddings.position_embedding.weight"]
     for i in range(config["num_hidden_layers"]):
         parts = (
@@ -73,7 +132,32 @@ def text_encoder_names(config: Config) -> Names:
         )
         names += [f"encoder.layers.{i}.{part}.{kind}" for part in parts for kind in ("weight", "bias")]
     names += ["final_layer_norm.weight", "final_layer_norm.bias"]
-    return {TEXT_ENCODER_PREFIX + name: name for name in names}
+    return {prefix + name: name for name in names}
+
+
+def open_clip_names(prefix: str, config: Config) -> Names:
+    """The table of a CLIPTextModel that the original file holds in OpenCLIP's naming: q, k and v in one tensor.
+
+    OpenCLIP's last layer is left out where the config has one less: SD 2.x attends to the one before.
+    """
+    names: Names = {
+        "token_embedding.weight": "embeddings.token_embedding.weight",
+        "positional_embedding": "embeddings.position_embedding.weight",
+    }
+    parts = {
+        "attn.out_proj": "self_attn.out_proj",
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    for i in range(config["num_hidden_layers"]):
+        theirs, ours = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
+        for kind in ("weight", "bias"):
+            names[f"{theirs}.attn.in_proj_{kind}"] = tuple(f"{ours}.self_attn.{p}_proj.{kind}" for p in ("q", "k", "v"))
+            names |= {f"{theirs}.{part}.{kind}": f"{ours}.{name}.{kind}" for part, name in parts.items()}
+    names |= {f"ln_final.{kind}": f"final_layer_norm.{kind}" for kind in ("weight", "bias")}
+    return {prefix + original: ours for original, ours in names.items()}
 
 
 # A layer is (original name, diffusers name, whether it has a bias).
@@ -86,17 +170,6 @@ def _prefixed(prefix: str, layers: Iterator[Layer]) -> Names:
         for original, name, has_bias in layers
         for kind in (("weight", "bias") if has_bias else ("weight",))
     }
-
-
-def _pick(weights: Mapping[str, Any], names: Names, part: str) -> Weights:
-    missing = [original for original in names if original not in weights]
-    if missing:
-        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        raise ModelError(
-            f"The file lacks {len(missing)} of the {len(names)} weights of its {part}: {shown}.",
-            "Choose a complete checkpoint of the chosen model family; a LoRA, a VAE or a U-Net alone is not enough.",
-        )
-    return {name: weights[original] for original, name in names.items()}
 
 
 # U-Net

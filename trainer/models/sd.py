@@ -1,42 +1,42 @@
-"""Stable Diffusion 1.x: one CLIP text encoder, a U-Net that predicts noise on f8 latents."""
+"""Stable Diffusion 1.x and 2.x: one text encoder, a U-Net on f8 latents. They differ in their configs alone."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import safe_open
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from trainer.errors import ModelError
-from trainer.models import Schedule, Target, clip_tokens, layout, weights
+from trainer.errors import ModelError, TrainingError
+from trainer.models import Schedule, Target, TextStates, clip_tokens, layout, weights
 from trainer.models.clip_tokens import Tokens
+from trainer.models.facts import FAMILIES, Encoder, Family
 from trainer.models.families import Found
-from trainer.paths import resolve
+from trainer.paths import resolve, shown
 
-CONFIGS = Path(__file__).parent.parent / "assets" / "sd1" / "configs.json"
 PLACES = {"attentions": "attention", "resnets": "resnet", "downsamplers": "resnet", "upsamplers": "resnet"}
-EDGES = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
+EDGES = ("conv_in", "conv_out", "time_embedding.", "add_embedding.")
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 @dataclass
 class StableDiffusion:
-    """A frozen SD 1.x model. Latents are [B,4,H/8,W/8]; pixels [B,3,H,W] in −1…1."""
+    """A frozen model. Latents are [B,4,H/8,W/8]; pixels [B,3,H,W] in −1…1."""
 
+    family: Family
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
+    text_encoders: Mapping[str, torch.nn.Module]
     schedule: Schedule
     dtype: torch.dtype
     device: torch.device
     clip_skip: int
     max_tokens: int
-    family: str = "sd1"
     pixels_per_latent: int = 8
 
     @classmethod
@@ -49,90 +49,120 @@ class StableDiffusion:
         device: torch.device,
         clip_skip: int,
         max_tokens: int,
-    ) -> StableDiffusion:
-        """Load from a diffusers folder or a single file in the original layout.
+        *,
+        prediction: str = "",
+        vae_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Load from a diffusers folder or a single file in the original layout; see `trainer.models.load`.
 
         Raises ModelError naming the tensor or file that is missing or does not fit.
         """
-        configs = json.loads(CONFIGS.read_text())
+        family = FAMILIES[found.family]
+        configs = {part: dict(config) for part, config in family.configs.items()}
+        vae_dtype = vae_dtype or dtype
         if found.layout == "diffusers":
-            for part in ("unet", "vae", "text_encoder"):
+            for part in family.parts:
                 configs[part] = _component_config(path / part)
             scheduler = path / "scheduler" / "scheduler_config.json"
             if scheduler.exists():
                 configs["scheduler"] |= _known(json.loads(scheduler.read_text()), configs["scheduler"])
+            modules = empty(family, configs)
+            for part, module in modules.items():
+                if part != "vae" or not vae:
+                    kind = vae_dtype if part == "vae" else dtype
+                    weights.fill_from_folder(module, path / part, kind, device)
         else:
-            with safe_open(path, framework="pt") as file:
-                configs |= json.loads((file.metadata() or {}).get("config", "{}"))
-        unet, autoencoder, text_encoder = _empty(configs)
-        if found.layout == "diffusers":
-            for part, module in (("unet", unet), ("vae", autoencoder), ("text_encoder", text_encoder)):
-                weights.fill_from_folder(module, path / part, dtype, device)
-        else:
-            with safe_open(path, framework="pt") as file:
-                weights.fill(unet, layout.unet_names(configs["unet"]), file, dtype, device, path)
-                weights.fill(autoencoder, layout.vae_names(configs["vae"]), file, dtype, device, path)
-                names = layout.text_encoder_names(configs["text_encoder"])
-                weights.fill(text_encoder, names, file, dtype, device, path)
+            with weights.opened(path) as file:
+                configs |= json.loads(file.header.metadata.get("config", "{}"))
+                modules = empty(family, configs)
+                for part, names in layout.tables(family, configs, file.keys()).items():
+                    if part != "vae" or not vae:
+                        weights.fill(modules[part], names, file, vae_dtype if part == "vae" else dtype, device, path)
         if vae:
-            autoencoder = load_vae(resolve(vae), configs["vae"], dtype, device)
-        for module in (unet, autoencoder, text_encoder):
+            modules["vae"] = load_vae(resolve(vae), configs["vae"], vae_dtype, device)
+        for module in modules.values():
             module.requires_grad_(False).eval()
-        unet.to(memory_format=torch.channels_last)
-        autoencoder.to(memory_format=torch.channels_last)
+        for part in ("unet", "vae"):
+            modules[part].to(memory_format=torch.channels_last)
+        configs["scheduler"]["prediction_type"] = prediction or found.prediction or "epsilon"
         schedule = Schedule.of(configs["scheduler"]).to(device)
-        return cls(unet, autoencoder, text_encoder, schedule, dtype, device, clip_skip, max_tokens)
+        encoders = {encoder.key: modules[encoder.part] for encoder in family.encoders}
+        return cls(family, modules["unet"], modules["vae"], encoders, schedule, dtype, device, clip_skip, max_tokens)
 
-    def targets(self) -> dict[str, Target]:
+    def targets(self, *, norms: bool = False) -> dict[str, Target]:
         """Kohya's name → every layer that a network may attach to.
 
-        Text encoder: the projections of attention and MLP. U-Net: the linear layers and
+        Text encoders: the projections of attention and MLP. U-Net: the linear layers and
         convolutions of its blocks and edges. 72 + 192 of attention, 86 of resnets and samplers, 4 at
-        the edges for SD 1.5.
+        the edges for SD 1.5. With `norms`, the norm layers of the U-Net's blocks as well.
         """
+        kinds = (torch.nn.Linear, torch.nn.Conv2d, *((torch.nn.GroupNorm, torch.nn.LayerNorm) if norms else ()))
         found: dict[str, Target] = {}
-        for name, layer in self.text_encoder.named_modules():
-            if name.startswith("encoder.layers.") and name.rsplit(".", 1)[-1] in TEXT_LAYERS:
-                found[f"lora_te_text_model_{name.replace('.', '_')}"] = Target("text_encoder", layer)
+        for key, encoder in self.text_encoders.items():
+            for name, layer in encoder.named_modules():
+                name = name.removeprefix("text_model.")
+                if name.startswith("encoder.layers.") and name.rsplit(".", 1)[-1] in TEXT_LAYERS:
+                    found[f"lora_{key}_text_model_{name.replace('.', '_')}"] = Target("text_encoder", layer)
+        original = self._original_names() if self.family.original_names else {}
         for name, layer in self.unet.named_modules():
             place = (
-                "edge" if name in EDGES else next((PLACES[part] for part in name.split(".") if part in PLACES), None)
+                "edge"
+                if name.startswith(EDGES)
+                else next((PLACES[part] for part in name.split(".") if part in PLACES), None)
             )
-            if place and isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
-                found[f"lora_unet_{name.replace('.', '_')}"] = Target("unet", layer, place)
+            if place and isinstance(layer, kinds):
+                found[f"lora_unet_{original.get(name, name).replace('.', '_')}"] = Target("unet", layer, place)
         return found
 
-    def tokens(self, captions: list[str], *, weighted: bool = False, padded: bool = True) -> Tokens:
-        """Token ids of the captions, and their weights where brackets are read, on the model's device."""
-        found = clip_tokens.tokenize(captions, self.max_tokens, weighted=weighted, padded=padded)
-        weights = None if found.weights is None else found.weights.to(self.device)
-        return Tokens(found.ids.to(self.device), weights)
+    def _original_names(self) -> dict[str, str]:
+        """Diffusers' names of the U-Net's modules → those of the original layout."""
+        return {
+            str(ours).rsplit(".", 1)[0]: theirs.removeprefix(layout.UNET_PREFIX).rsplit(".", 1)[0]
+            for theirs, ours in layout.unet_names(self.unet.config).items()
+        }
 
-    def text_states(self, tokens: Tokens) -> torch.Tensor:
+    def tokens(self, captions: list[str], *, weighted: bool = False, padded: bool = True) -> tuple[Tokens, ...]:
+        """Token ids of the captions for each text encoder, and their weights where brackets are read, on its device."""
+        return tuple(
+            clip_tokens.tokenize(
+                captions, self.max_tokens, weighted=weighted, padded=padded, padding=encoder.padding
+            ).to(self.device)
+            for encoder in self.family.encoders
+        )
+
+    def text_states(self, tokens: tuple[Tokens, ...]) -> TextStates:
         """The text encoder's states [B, 75·chunks + 2, C], multiplied by the tokens' weights.
 
         `clip_skip` 1 is the last layer's output, 2 the one before, …; always through the final
         layer norm. Of several chunks the inner begin and end marks are left out.
         """
-        batch, count, length = tokens.ids.shape
-        hidden = self.text_encoder(tokens.ids.view(-1, length), output_hidden_states=True).hidden_states
-        states = self.text_encoder.final_layer_norm(hidden[-self.clip_skip]).view(batch, count, length, -1)
-        if tokens.weights is not None:
-            states = states * tokens.weights.to(states.dtype)[..., None]
-        inner = states[:, :, 1:-1].flatten(1, 2)
-        return torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], 1)
+        (only,), (encoder,) = tokens, self.text_encoders.values()
+        answer = encoder(only.rows, output_hidden_states=True)
+        return TextStates(only.joined(encoder.final_layer_norm(answer.hidden_states[-self.clip_skip])))
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def predict(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, text: TextStates, sizes: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The U-Net's answer [B,4,h,w] in float32."""
         latents = latents.to(self.dtype, memory_format=torch.channels_last)
-        return self.unet(latents, timesteps, states.to(self.dtype), return_dict=False)[0].float()
+        return self.unet(latents, timesteps, text.states.to(self.dtype), return_dict=False)[0].float()
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Scaled latents [B,4,H/8,W/8] in float32: one draw of the VAE's posterior."""
+        """Scaled latents [B,4,H/8,W/8] in float32: one draw of the VAE's posterior.
+
+        Raises TrainingError where the VAE overflows in fp16, as SDXL's own does for some pictures.
+        """
         pixels = pixels.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last)
         posterior = self.vae.encode(pixels).latent_dist
-        return posterior.sample(generator).float() * self.vae.config.scaling_factor
+        latents = posterior.sample(generator).float() * self.vae.config.scaling_factor
+        if self.vae.dtype == torch.float16 and not latents.isfinite().all():
+            raise TrainingError(
+                "not_a_number",
+                "The VAE's latents are not numbers: this VAE cannot compute in fp16.",
+                "Switch on No half VAE (sdxl_no_half_vae), set Mixed precision to bf16, or choose another VAE.",
+            )
+        return latents
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -141,11 +171,18 @@ class StableDiffusion:
         return self.vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
 
 
-def _empty(configs: dict[str, Any]) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
-    unet = weights.build(lambda: UNet2DConditionModel(**configs["unet"]))
-    vae = weights.build(lambda: AutoencoderKL(**configs["vae"]))
-    text_encoder = weights.build(lambda: CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])))
-    return unet, vae, text_encoder  # type: ignore[return-value]
+def empty(family: Family, configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Modules without weights, by their part: "unet", "vae", and the text encoders'."""
+    return {
+        "unet": weights.build(lambda: UNet2DConditionModel(**configs["unet"])),
+        "vae": weights.build(lambda: AutoencoderKL(**configs["vae"])),
+        **{encoder.part: _empty_encoder(encoder, configs[encoder.part]) for encoder in family.encoders},
+    }
+
+
+def _empty_encoder(encoder: Encoder, config: Mapping[str, Any]) -> torch.nn.Module:
+    kind = CLIPTextModelWithProjection if encoder.projected else CLIPTextModel
+    return weights.build(lambda: kind(CLIPTextConfig(**config)))
 
 
 def _component_config(folder: Path) -> dict[str, Any]:
@@ -165,7 +202,7 @@ def load_vae(path: Path, config: dict[str, Any], dtype: torch.dtype, device: tor
         weights.fill_from_folder(vae, folder, dtype, device)
         return vae  # type: ignore[return-value]
     vae = weights.build(lambda: AutoencoderKL(**config))
-    with safe_open(path, framework="pt") as file:
+    with weights.opened(path) as file:
         names = layout.vae_names(config)
         keys = set(file.keys())
         if "first_stage_model.encoder.conv_in.weight" not in keys:
@@ -173,6 +210,6 @@ def load_vae(path: Path, config: dict[str, Any], dtype: torch.dtype, device: tor
         if "encoder.down_blocks.0.resnets.0.norm1.weight" in keys:
             names = {ours: ours for ours in names.values()}
         if not keys & set(names):
-            raise ModelError(f'"{path}" is not a VAE.', "Leave VAE empty to use the base model's own.")
+            raise ModelError(f'"{shown(path)}" is not a VAE.', "Leave VAE empty to use the base model's own.")
         weights.fill(vae, names, file, dtype, device, path)
     return vae  # type: ignore[return-value]

@@ -1,18 +1,76 @@
-"""Weights from files into modules: mapped, in the wanted dtype, with no random start and no second copy."""
+"""Weights from files into modules: tensor by tensor, in the wanted dtype, with no random start and no second copy."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 
 from trainer.errors import ModelError
+from trainer.models import layout
+from trainer.paths import shown
+from trainer.tensorfile import header
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,  # positions of tokens, which some files list
+    "I32": torch.int32,
+}
+
+
+class Tensors(Protocol):
+    """An open file of tensors by name."""
+
+    def keys(self) -> Any: ...
+
+    def get_tensor(self, name: str) -> torch.Tensor: ...
+
+
+class Safetensors:
+    """A .safetensors file that is read, not mapped: pages of a mapped file count as this process's memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.header = header(path)
+        self._path, self._file = path, path.open("rb")
+
+    def keys(self) -> Any:
+        return self.header.tensors.keys()
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        info = self.header.tensors[name]
+        if info.dtype not in DTYPES:
+            raise ModelError(
+                f'"{shown(self._path)}": {name} is stored as {info.dtype}, which no weight can be.',
+                "The file is quantised for another program; choose the fp16 or fp32 version.",
+            )
+        content = torch.empty(info.size, dtype=torch.uint8)
+        self._file.seek(self.header.data_begin + info.begin)
+        if self._file.readinto(memoryview(content.numpy())) != info.size:
+            raise ModelError(f'"{shown(self._path)}" ends within {name}.', "Fetch the file again.")
+        return content.view(DTYPES[info.dtype]).view(info.shape)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Tensors]:
+    """A file of tensors, open inside a with block."""
+    file = Safetensors(path)
+    try:
+        yield file
+    finally:
+        file.close()
 
 
 def build(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
@@ -22,9 +80,14 @@ def build(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
 
 
 def fill(
-    module: torch.nn.Module, names: Mapping[str, str], file: Any, dtype: torch.dtype, device: torch.device, path: Path
+    module: torch.nn.Module,
+    names: layout.Names,
+    file: Tensors,
+    dtype: torch.dtype,
+    device: torch.device,
+    path: Path,
 ) -> None:
-    """Give an empty module its weights from an open safetensors file.
+    """Give an empty module its weights from an open file.
 
     `names` maps the file's tensor names to the module's. A tensor of the same content in another
     shape (1×1 convolutions of the original layout that are linear in diffusers) is reshaped.
@@ -35,19 +98,19 @@ def fill(
     missing = [name for name in names if name not in present]
     if missing:
         raise ModelError(
-            f'"{path}" lacks {len(missing)} tensors of the model, the first is {missing[0]}.',
+            f'"{shown(path)}" lacks {len(missing)} tensors of the model, the first is {missing[0]}.',
             "The file is damaged or of another kind; download it again or choose another base model.",
         )
     state = {}
     for theirs, ours in names.items():
-        tensor = file.get_tensor(theirs)
-        shape = wanted[ours].shape
-        if tensor.numel() != shape.numel():
-            raise ModelError(
-                f'"{path}": {theirs} has the shape {list(tensor.shape)}, the model needs {list(shape)}.',
-                "The file is of another model family than its names say; choose another base model.",
-            )
-        state[ours] = tensor.reshape(shape).to(device, dtype)
+        for name, tensor in layout.taken(theirs, file.get_tensor(theirs), ours):
+            shape = wanted[name].shape
+            if tensor.numel() != shape.numel():
+                raise ModelError(
+                    f'"{shown(path)}": {theirs} has the shape {list(tensor.shape)}, the model needs {list(shape)}.',
+                    "The file is of another model family than its names say; choose another base model.",
+                )
+            state[name] = tensor.reshape(shape).to(device, dtype)
     module.load_state_dict(state, strict=False, assign=True)
 
 
@@ -58,15 +121,15 @@ def fill_from_folder(module: torch.nn.Module, folder: Path, dtype: torch.dtype, 
     state = {}
     with ExitStack() as stack:
         for shard in shards:
-            file = stack.enter_context(safe_open(shard, framework="pt"))
-            for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+            file = stack.enter_context(opened(shard))
+            for name in file.keys():  # noqa: SIM118 (no dict)
                 ours = name if name in wanted else name.removeprefix("text_model.")
                 if ours in wanted:
                     state[ours] = file.get_tensor(name).to(device, dtype)
     missing = sorted(set(wanted) - set(state))
     if missing:
         raise ModelError(
-            f'"{folder}" lacks {len(missing)} tensors of the model, the first is {missing[0]}.',
+            f'"{shown(folder)}" lacks {len(missing)} tensors of the model, the first is {missing[0]}.',
             "The folder is incomplete; download the model again.",
         )
     module.load_state_dict(state, strict=False, assign=True)
@@ -82,6 +145,6 @@ def _shards(folder: Path) -> list[Path]:
             if index.exists():
                 return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     raise ModelError(
-        f'"{folder}" holds no .safetensors weights.',
+        f'"{shown(folder)}" holds no .safetensors weights.',
         "Save the model with safetensors (diffusers: save_pretrained) or choose another.",
     )
