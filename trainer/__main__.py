@@ -1,4 +1,4 @@
-"""The command line: python -m trainer {train,check,parameters} …"""
+"""The command line: python -m trainer {train,check,parameters,merge,resize,…} …"""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pathlib import Path
 from trainer import kohya
 from trainer.errors import ConfigError
 from trainer.run import EXIT_CONFIG, EXIT_DONE
+from trainer.tools import commands as tools
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0 done, 1 failed, 2 bad settings, 3 stopped."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer",
-        description="Train LoRAs for Stable Diffusion. Any setting of the preset can be given "
-        "after it as --KEY VALUE, for instance --learning_rate 5e-5.",
+        description="Train LoRAs for Stable Diffusion, and work on finished ones. Any setting of the preset can be "
+        "given after it as --KEY VALUE, for instance --learning_rate 5e-5.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train; exit code 0 only when training finished")
@@ -27,11 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("preset", type=Path)
     check.add_argument("--json", action="store_true", help="answer in JSON")
     commands.add_parser("parameters", help="print the table of all parameters")
+    tools.add_to(commands)
     known, rest = parser.parse_known_args(arguments)
 
+    if rest and known.command in (*tools.TOOLS, "parameters"):
+        parser.error(f"unknown: {' '.join(rest)}")
+    if known.command in tools.TOOLS:
+        return tools.main(known)
     if known.command == "parameters":
-        if rest:
-            parser.error(f"unknown: {' '.join(rest)}")
         from trainer.schema.table import markdown
 
         print(markdown(), end="")
