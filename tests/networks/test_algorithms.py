@@ -1,27 +1,24 @@
-"""What each LoRA type's file says about itself, and what the form and the settings make of it."""
+"""What each LoRA type's row says, and what the form and the settings make of it."""
 
 from __future__ import annotations
 
-from typing import get_args
+import pytest
 
 from trainer import networks, schema
-from trainer.schema import PARAMETERS, algorithms
-from trainer.schema.network import NetworkType
+from trainer.schema import PARAMETERS
+from trainer.schema.algorithms import TYPES, USES
 
 
-def test_the_types_to_choose_from_are_those_with_a_file():
-    assert set(get_args(NetworkType)) == set(algorithms.USES)
-
-
-def test_every_control_that_a_type_uses_exists_and_the_imported_files_say_the_same():
-    for label, keys in algorithms.USES.items():
-        assert keys - set(PARAMETERS) == set(), label
-        assert keys == networks.algorithm(label).USES
+@pytest.mark.parametrize("label", TYPES)
+def test_every_type_has_its_file_with_modules_and_formula_and_controls_that_exist(label):
+    assert USES[label] - set(PARAMETERS) == set()
+    file = networks.algorithm(label)
+    assert callable(file.module_for) and callable(file.weight_update)
 
 
 def test_the_form_shows_a_types_controls_and_no_other_types():
-    for label, keys in algorithms.USES.items():
-        for key in set().union(*algorithms.USES.values()):
+    for label, keys in USES.items():
+        for key in set().union(*USES.values()):
             assert schema.shown(key, {"LoRA_type": label}) == (key in keys), (label, key)
 
 

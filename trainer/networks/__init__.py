@@ -1,8 +1,17 @@
 """Networks that are trained on top of a frozen model, one file an algorithm.
 
-An algorithm's file says which controls it uses (`USES`, read by the schema) and builds one
-layer's module (`module_for`). `Network` is what they share: the walk over the model's layers,
-kohya's names, attaching, reading and writing.
+An algorithm's file (its row is in trainer/schema/algorithms.py) has
+
+    module_for(layer, rank, alpha, settings)    one layer's trained module
+    weight_update(tensors, weight)              ΔW by the algorithm's formula, from a file's tensors of a layer
+
+`Network` is what they share: the walk over the model's layers, kohya's names, attaching, reading and
+writing. Files are used without any model by
+
+    weight_update(tensors: Mapping[str, Tensor], weight: Tensor) -> Tensor
+    bias_update(tensors: Mapping[str, Tensor]) -> Tensor | None
+
+which know all types: what is to be added to a layer's weight and bias for the file's full strength.
 """
 
 from __future__ import annotations
@@ -16,14 +25,47 @@ import torch
 
 from trainer.errors import ModelError
 from trainer.models import Target
-from trainer.networks.blocks import SizeOf, uniform
+from trainer.networks.blocks import SizeOf, is_norm, uniform
+from trainer.networks.lycoris_layers import decomposed
 from trainer.schema import algorithms
 from trainer.schema.network import Network as Settings
 
 
 def algorithm(label: str) -> Any:
-    """A LoRA type's module. Only this one is imported: some bring libraries that take seconds."""
-    return importlib.import_module(f"trainer.networks.{algorithms.MODULES[label]}")
+    """A LoRA type's module."""
+    return _module(algorithms.TYPES[label].module)
+
+
+def _module(name: str) -> Any:
+    """Only this one is imported: some bring libraries that take seconds."""
+    return importlib.import_module(f"trainer.networks.{name}")
+
+
+def weight_update(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """ΔW of one layer, float32, of `weight`'s shape: what the layer's tensors in a LoRA file add to its weight.
+
+    `tensors`: by kohya's names without the layer's ("lora_down.weight", "alpha", "hada_w1_a", "w_norm", …).
+    `weight`: the base model's, [out, in] or [out, in, k, k], or [channels] of a norm layer. Up and down matrices, LoHa, LoKr and native
+    fine-tuning look at its shape alone, so that an empty tensor on the meta device will do; iA3, GLoRA,
+    the rotations and DoRA need its values. Raises ModelError for tensors of no known type.
+    """
+    label = algorithms.type_of({name: tensor.ndim for name, tensor in tensors.items()})
+    if not label and "w_norm" not in tensors:
+        raise ModelError(
+            f"These tensors of a layer are of no LoRA type that is known here: {', '.join(sorted(tensors))}.",
+            f"Known are {', '.join(algorithms.TYPES)}.",
+        )
+    values = {name: tensor.float() for name, tensor in tensors.items()}
+    update = _module(algorithms.TYPES[label].module if label else "norm").weight_update(values, weight)
+    if "dora_scale" in values:
+        frozen = weight.float()
+        update = decomposed(frozen + update, values["dora_scale"]) - frozen
+    return update  # type: ignore[no-any-return]
+
+
+def bias_update(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """What the layer's tensors in a LoRA file add to its bias, float32; None for nothing."""
+    return next((tensors[name].float() for name in ("diff_b", "b_norm") if name in tensors), None)
 
 
 class Network(torch.nn.Module):
@@ -37,6 +79,7 @@ class Network(torch.nn.Module):
         self.layers = torch.nn.ModuleDict(modules)
         self.part_of = dict(parts)
         self._frozen = dict(layers)
+        self._drawing = [module for module in modules.values() if hasattr(module, "draw")]
 
     def attach(self) -> None:
         """From now on the model's layers answer with their update added."""
@@ -47,6 +90,11 @@ class Network(torch.nn.Module):
         """The model is the base model again."""
         for layer in self._frozen.values():
             del layer.forward
+
+    def draw(self, share: float) -> None:
+        """Choose the unit of ranks for the next step by a number of 0 ≤ share < 1, in the types that train one at a time."""
+        for module in self._drawing:
+            module.draw(share)
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
@@ -118,10 +166,10 @@ def build(settings: Settings, targets: Mapping[str, Target], parts: set[str], si
     `size_of` tells rank and alpha of each layer; without it, all of attention has the network's.
     """
     size_of = size_of or uniform(settings.rank, settings.alpha)
-    make = algorithm(settings.type).module_for
     modules: dict[str, torch.nn.Module] = {}
     for name, target in targets.items():
         rank, alpha = size_of(name, target) if target.part in parts else (0, 0)
         if rank:
-            modules[name] = make(target.layer, rank, alpha or rank, settings)
+            kind = "norm" if is_norm(target.layer) else algorithms.TYPES[settings.type].module
+            modules[name] = _module(kind).module_for(target.layer, rank, alpha or rank, settings)
     return Network(modules, {n: targets[n].part for n in modules}, {n: targets[n].layer for n in modules})

@@ -18,7 +18,7 @@ MIDDLE = 12
 ATTENTION = re.compile(r"_(attn1|attn2|self_attn)_")
 # Tensors with the rank as their first size, or the last.
 RANKED = {"lora_down.weight": 0, "hada_w1_b": 0, "lokr_w2_b": 0, "lokr_w1_b": 0, "b2.weight": 0, "oft_blocks": -1}
-RANKLESS = ("on_input", "diff")
+RANKLESS = ("on_input", "diff", "w_norm")
 
 
 class Size(NamedTuple):
@@ -68,6 +68,11 @@ def is_large(layer: torch.nn.Module) -> bool:
     return isinstance(layer, torch.nn.Conv2d) and layer.kernel_size != (1, 1)
 
 
+def is_norm(layer: torch.nn.Module) -> bool:
+    """Whether a layer is a norm layer, which has no ranks."""
+    return isinstance(layer, (torch.nn.GroupNorm, torch.nn.LayerNorm))
+
+
 def from_file(tensors: Mapping[str, torch.Tensor]) -> SizeOf:
     """The size that each layer has in a LoRA file; none where the file has none."""
 
@@ -104,6 +109,8 @@ def from_settings(config: Config, weights: Sequence[float] | None) -> SizeOf:
                 return Size(0, 0)
         elif target.place != "attention" and not (reaches_convolutions and target.place == "resnet"):
             return Size(0, 0)
+        if is_norm(target.layer):
+            return Size(1, 1)
         size, ranks, alphas = (
             (conv, blocks.conv_ranks, blocks.conv_alphas)
             if is_large(target.layer)

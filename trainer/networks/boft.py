@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from lycoris.modules.boft import ButterflyOFTModule
 
 from trainer.networks.lycoris_layers import Trained
-from trainer.networks.rotations import cayley
+from trainer.networks.rotations import cayley, rescaled
 from trainer.schema.network import Network as Settings
 
-LABEL = "LyCORIS/BOFT"
-USES = {
-    "network_dim",
-    "conv_dim",
-    "LyCORIS_preset",
-    "constrain",
-    "rescaled",
-    "rank_dropout",
-    "rank_dropout_scale",
-    "module_dropout",
-}
+
+def weight_update(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """ΔW of a layer whose frozen weight is `weight`. `oft_blocks`: [rounds, groups, rows, rows]."""
+    shape, size = weight.shape, tensors["oft_blocks"].shape[-1]
+    frozen = turned = weight.float()
+    for level, rotations in enumerate(cayley(tensors, len(weight))):
+        distance = 2**level * (size // 2)  # rows this far apart are brought together
+        near = turned.unflatten(0, (-1, 2, distance)).transpose(1, 2).reshape(-1, size, *shape[1:])
+        far = torch.einsum("kij,kj...->ki...", rotations, near)
+        turned = far.reshape(-1, distance, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+    return rescaled(turned, tensors) - frozen
 
 
-class BOFTFactors(ButterflyOFTModule):
-    """Theirs, and ΔW as LoHa's and LoKr's classes have it."""
-
-    def get_weight(self, shape: tuple[int, ...]) -> torch.Tensor:
-        frozen = turned = self.org_weight.float()
-        for level, rotations in enumerate(cayley(self.oft_blocks, self.constraint)):
-            distance = 2**level * (self.boft_b // 2)  # rows this far apart are brought together
-            near = turned.unflatten(0, (-1, 2, distance)).transpose(1, 2).reshape(-1, self.boft_b, *shape[1:])
-            far = torch.einsum("kij,kj...->ki...", rotations, near)
-            turned = far.reshape(-1, distance, 2, *shape[1:]).transpose(1, 2).reshape(shape)
-        return (turned * self.rescale if self.rescaled else turned) - frozen
-
-
-class BOFTLayer(Trained, BOFTFactors):
-    def taken(self) -> None:
-        self.constraint = float(self.alpha) * self.dim
+class BOFTLayer(Trained, ButterflyOFTModule):
+    weight_update = staticmethod(weight_update)
 
 
 def smallest(rows: int) -> int:

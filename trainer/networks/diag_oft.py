@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from lycoris.modules.diag_oft import DiagOFTModule
 
 from trainer.networks.lycoris_layers import Trained
-from trainer.networks.rotations import cayley
+from trainer.networks.rotations import cayley, rescaled
 from trainer.schema.network import Network as Settings
 
-LABEL = "LyCORIS/Diag-OFT"
-USES = {
-    "network_dim",
-    "conv_dim",
-    "LyCORIS_preset",
-    "constrain",
-    "rescaled",
-    "rank_dropout",
-    "rank_dropout_scale",
-    "module_dropout",
-}
+
+def weight_update(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """ΔW of a layer whose frozen weight is `weight`. `oft_blocks`: [groups, rows, rows]."""
+    frozen = weight.float()
+    groups = frozen.reshape(*tensors["oft_blocks"].shape[:2], *weight.shape[1:])
+    turned = torch.einsum("knm,kn...->km...", cayley(tensors, len(weight)), groups).reshape(weight.shape)
+    return rescaled(turned, tensors) - frozen
 
 
-class OFTFactors(DiagOFTModule):
-    """Theirs, and ΔW as LoHa's and LoKr's classes have it."""
-
-    def get_weight(self, shape: tuple[int, ...]) -> torch.Tensor:
-        frozen = self.org_weight.float()
-        groups = frozen.reshape(self.block_num, self.block_size, *shape[1:])
-        turned = torch.einsum("knm,kn...->km...", cayley(self.oft_blocks, self.constraint), groups).reshape(shape)
-        return (turned * self.rescale if self.rescaled else turned) - frozen
-
-
-class OFTLayer(Trained, OFTFactors):
-    def taken(self) -> None:
-        self.constraint = float(self.alpha) * self.dim
+class OFTLayer(Trained, DiagOFTModule):
+    weight_update = staticmethod(weight_update)
 
 
 def module_for(layer: torch.nn.Module, rank: int, alpha: float, settings: Settings) -> torch.nn.Module:

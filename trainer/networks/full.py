@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,12 +11,10 @@ from lycoris.modules.base import LycorisBaseModule
 from trainer.networks.lycoris_layers import Trained
 from trainer.schema.network import Network as Settings
 
-LABEL = "LyCORIS/Native Fine-Tuning"
-USES = {
-    "LyCORIS_preset",
-    "module_dropout",
-    "scale_weight_norms",
-}
+
+def weight_update(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """ΔW is the saved difference; nothing where a layer has one of its bias alone."""
+    return tensors["diff"].view(weight.shape) if "diff" in tensors else torch.zeros(weight.shape)
 
 
 class Differences(LycorisBaseModule):
@@ -27,19 +26,15 @@ class Differences(LycorisBaseModule):
         if layer.bias is not None:
             self.diff_b = torch.nn.Parameter(torch.zeros(layer.bias.shape))
 
-    def get_weight(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return self.diff.view(shape)
-
 
 class FullLayer(Trained, Differences):
+    weight_update = staticmethod(weight_update)
+
     def bias_change(self, dtype: torch.dtype) -> torch.Tensor | None:
         return (self.diff_b * self.multiplier).to(dtype) if hasattr(self, "diff_b") else None
 
     def factors(self) -> list[torch.nn.Parameter]:
         return [self.diff]
-
-    def taken(self) -> None:
-        pass
 
 
 def module_for(layer: torch.nn.Module, rank: int, alpha: float, settings: Settings) -> torch.nn.Module:

@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from lycoris.modules.glora import GLoRAModule
 
 from trainer.networks.lycoris_layers import Trained
+from trainer.networks.standard import strength
 from trainer.schema.network import Network as Settings
 
-LABEL = "LyCORIS/GLoRA"
-USES = {
-    "network_dim",
-    "network_alpha",
-    "conv_dim",
-    "conv_alpha",
-    "LyCORIS_preset",
-    "use_scalar",
-    "rank_dropout",
-    "rank_dropout_scale",
-    "module_dropout",
-    "scale_weight_norms",
-}
+
+def weight_update(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """ΔW of a layer whose frozen weight is `weight`."""
+    a1, a2, b1, b2 = (tensors[f"{name}.weight"].flatten(1) for name in ("a1", "a2", "b1", "b2"))
+    on_inputs = torch.einsum("oi...,ir,rj->oj...", weight.to(a1.dtype), a1, a2)
+    return (on_inputs + (b1 @ b2).view(weight.shape)) * strength(tensors, len(a2))
 
 
-class GLoRAFactors(GLoRAModule):
-    """Theirs, and ΔW as LoHa's and LoKr's classes have it."""
+class GLoRALayer(Trained, GLoRAModule):
+    weight_update = staticmethod(weight_update)
 
-    def get_weight(self, shape: tuple[int, ...]) -> torch.Tensor:
-        a1, a2, b1, b2 = (layer.weight.flatten(1) for layer in (self.a1, self.a2, self.b1, self.b2))
-        on_inputs = torch.einsum("oi...,ir,rj->oj...", self.org_weight.to(a1.dtype), a1, a2)
-        return (on_inputs + (b1 @ b2).view(shape)) * self.scale
-
-
-class GLoRALayer(Trained, GLoRAFactors):
     def degree(self) -> int:
         return 2
 

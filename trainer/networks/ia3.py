@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from lycoris.modules.ia3 import IA3Module
 
 from trainer.networks.lycoris_layers import Trained
 from trainer.schema.network import Network as Settings
 
-LABEL = "LyCORIS/iA3"
-USES = {
-    "LyCORIS_preset",
-    "train_on_input",
-    "rank_dropout",
-    "rank_dropout_scale",
-    "module_dropout",
-    "scale_weight_norms",
-}
+
+def weight_update(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """ΔW of a layer whose frozen weight is `weight`."""
+    return scaled(weight, tensors["weight"], bool(tensors["on_input"]))
 
 
-class IA3Factors(IA3Module):
-    """Theirs, and ΔW as LoHa's and LoKr's classes have it."""
-
-    def get_weight(self, shape: tuple[int, ...]) -> torch.Tensor:
-        vector = self.weight.flatten()
-        return self.org_weight * vector.view(*((1, -1) if self.train_input else (-1, 1)), *[1] * (len(shape) - 2))
+def scaled(weight: torch.Tensor, factors: torch.Tensor, columns: bool) -> torch.Tensor:
+    """The columns or the rows of a weight, each times its factor."""
+    ones = [1] * (weight.ndim - 2)
+    return weight * factors.view(*((1, -1) if columns else (-1, 1)), *ones)
 
 
-class IA3Layer(Trained, IA3Factors):
+class IA3Layer(Trained, IA3Module):
+    def weight_update(self, tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+        """As above, without asking the device which it is."""
+        return scaled(weight, tensors["weight"], self.train_input)
+
     def taken(self) -> None:
         self.train_input = bool(self.on_input)
 

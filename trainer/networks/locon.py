@@ -1,29 +1,20 @@
-"""LoCon: standard LoRA that reaches the 3×3 convolutions of the U-Net too, with a rank of their own."""
+"""LyCORIS' LoCon: ΔW = alpha/rank · up · down on every layer, with DoRA, Tucker and a scalar to choose."""
 
 from __future__ import annotations
 
-from trainer.networks import standard
+import torch
+from lycoris.modules.locon import LoConModule
 
-LABEL = "Kohya LoCon"
-USES = {
-    "network_dim",
-    "network_alpha",
-    "conv_dim",
-    "conv_alpha",
-    "down_lr_weight",
-    "mid_lr_weight",
-    "up_lr_weight",
-    "block_lr_zero_threshold",
-    "block_dims",
-    "block_alphas",
-    "conv_block_dims",
-    "conv_block_alphas",
-    "network_dropout",
-    "rank_dropout",
-    "module_dropout",
-    "scale_weight_norms",
-    "loraplus_lr_ratio",
-    "loraplus_unet_lr_ratio",
-    "loraplus_text_encoder_lr_ratio",
-}
-module_for = standard.module_for
+from trainer.networks.lycoris_layers import Trained
+from trainer.networks.standard import is_up, weight_update
+from trainer.schema.network import Network as Settings
+
+
+class LoConLayer(Trained, LoConModule):
+    weight_update = staticmethod(weight_update)
+    is_up = staticmethod(is_up)
+
+
+def module_for(layer: torch.nn.Module, rank: int, alpha: float, settings: Settings) -> torch.nn.Module:
+    """The trained module of one layer; on its device, in float32."""
+    return LoConLayer.of(layer, rank, alpha, settings, use_tucker=settings.tucker)

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from lycoris.modules.lokr import LokrModule
 
 from trainer.networks.lycoris_layers import Trained
+from trainer.networks.standard import strength
 from trainer.schema.network import Network as Settings
 
-LABEL = "LyCORIS/LoKr"
-USES = {
-    "network_dim",
-    "network_alpha",
-    "conv_dim",
-    "conv_alpha",
-    "LyCORIS_preset",
-    "factor",
-    "decompose_both",
-    "use_cp",
-    "use_scalar",
-    "dora_wd",
-    "rank_dropout",
-    "rank_dropout_scale",
-    "module_dropout",
-    "scale_weight_norms",
-}
+
+def weight_update(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """ΔW, [out₁·out₂, in₁·in₂(, k, k)]. Where both matrices are whole, alpha does not count."""
+    t = tensors
+    small = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+    if "lokr_w2" in t:
+        large = t["lokr_w2"]
+    elif "lokr_t2" in t:
+        large = torch.einsum("ij...,ip,jr->pr...", t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
+    else:
+        large = t["lokr_w2_a"] @ t["lokr_w2_b"].flatten(1)
+    large = large.reshape(weight.shape[0] // len(small), weight.shape[1] // small.shape[1], *weight.shape[2:])
+    rank = next((len(t[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in t), None)
+    scaled = small if rank is None else small * strength(t, rank)
+    return torch.kron(scaled.view(*small.shape, *[1] * (large.ndim - 2)), large)
 
 
 class LoKrLayer(Trained, LokrModule):
-    pass
+    weight_update = staticmethod(weight_update)
 
 
 def module_for(layer: torch.nn.Module, rank: int, alpha: float, settings: Settings) -> torch.nn.Module:

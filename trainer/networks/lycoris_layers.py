@@ -1,9 +1,10 @@
 """What the layers of lycoris-lora need to be trained by our loop: one class is mixed into each of theirs.
 
-Theirs are the factors and how ΔW and the file are made of them. The forward is ours: theirs takes
-W + ΔW − W in the frozen weights' precision, in which a small ΔW is rounded away. What differs from
-Standard: rank dropout leaves out rows of ΔW, and a `scalar` (where it is used) is trained in front
-of ΔW and multiplied into a factor when the file is written.
+Theirs are the factors, how they start, and how the file is made of them. The forward is ours: theirs
+takes W + ΔW − W in the frozen weights' precision, in which a small ΔW is rounded away; so is ΔW's
+formula, one for training and for files (`weight_update`). What differs from Standard: rank dropout
+leaves out rows of ΔW, and a `scalar` (where it is used) is trained in front of ΔW and multiplied into
+a factor when the file is written.
 """
 
 from __future__ import annotations
@@ -16,8 +17,18 @@ import torch
 from trainer.schema.network import Network as Settings
 
 
+def decomposed(weight: torch.Tensor, lengths: torch.Tensor, multiplier: float = 1.0) -> torch.Tensor:
+    """DoRA (Liu et al. 2024, eq. 5): each row of W (or column, where `lengths` is [1, in, …]) with a length of its own.
+
+    At other multipliers the lengths are that part of the way from those that W has to their own.
+    """
+    others = [i for i in range(weight.ndim) if lengths.shape[i] == 1]
+    norm = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+    return weight * (1 + multiplier * (lengths / (norm + torch.finfo(weight.dtype).eps) - 1))
+
+
 class Trained:
-    """Mixed in before a class of lycoris.modules."""
+    """Mixed in before a class of lycoris.modules; `weight_update` is the algorithm's."""
 
     settings: Settings
     wd = False
@@ -39,6 +50,11 @@ class Trained:
         module.settings = settings
         return module.to(layer.weight.device)
 
+    @staticmethod
+    def is_up(name: str) -> bool:
+        """Whether the parameter of this name learns at LoRA+'s ratio."""
+        return False
+
     @property
     def leading(self) -> Any:
         """The scalar in front of ΔW, in the types that have one."""
@@ -50,21 +66,27 @@ class Trained:
         p = self.settings.module_dropout
         if self.multiplier == 0 or (p and self.training and torch.rand(1) < p):
             return output
-        delta = self.get_weight(self.shape) * self.leading
+        delta = self.dropped(self.update())
         if self.wd:
             frozen = self.org_weight.float()
-            delta = self.apply_weight_decompose(frozen + delta, self.multiplier) - frozen
+            delta = decomposed(frozen + delta, self.dora_scale, self.multiplier) - frozen
         else:
             delta = delta * self.multiplier
-        return output + self.op(x, delta.to(x.dtype), self.bias_change(x.dtype), **self.kw_dict)
+        return output + self.op(x, weight=delta.to(x.dtype), bias=self.bias_change(x.dtype), **self.kw_dict)
 
     def bias_change(self, dtype: torch.dtype) -> torch.Tensor | None:
         """What is added to the layer's bias, where a type trains that."""
         return None
 
-    def get_weight(self, shape: Any) -> torch.Tensor:
-        """ΔW without scalar and DoRA. While training, rows are left out at random."""
-        weight = super().get_weight(shape)
+    def update(self) -> torch.Tensor:
+        """ΔW without DoRA, and in full."""
+        tensors = {**self._parameters, **self._buffers}
+        for name, layer in self._modules.items():
+            tensors |= {f"{name}.{key}": tensor for key, tensor in layer._parameters.items()}
+        return self.weight_update(tensors, self.org_weight) * self.leading
+
+    def dropped(self, weight: torch.Tensor) -> torch.Tensor:
+        """ΔW; while training, rows of it are left out at random."""
         p = self.settings.rank_dropout
         if not (p and self.training):
             return weight
@@ -83,7 +105,7 @@ class Trained:
 
     def limit_norm(self, largest: float) -> None:
         """Shrink all factors alike, so that |ΔW| is at most `largest` (Frobenius)."""
-        norm = (super().get_weight(self.shape) * self.leading).norm()
+        norm = self.update().norm()
         factors = self.factors()
         share = (largest / norm).clamp(max=1) ** (1 / self.degree())
         for factor in factors:
@@ -105,7 +127,6 @@ class Trained:
 
     def taken(self) -> None:
         """What follows from a file's tensors beyond themselves."""
-        self.scale = float(self.alpha) / self.lora_dim
 
     def custom_state_dict(self) -> None:
         """A training's state has the tensors as they are trained, not as a file has them."""

@@ -1,21 +1,14 @@
-"""The LoRA network: its type, size, and where it starts from. Which of these a type uses is said in its own file."""
+"""The LoRA network: its type, size, and where it starts from. Which of these a type uses is said in its row of algorithms.py."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from trainer.schema.algorithms import TYPES
 from trainer.schema.declare import Group, Section, parameter
 
-NetworkType = Literal[
-    "Standard",
-    "Kohya LoCon",
-    "LyCORIS/LoCon",
-    "LyCORIS/LoHa",
-    "LyCORIS/LoKr",
-    "LyCORIS/iA3",
-    "LyCORIS/GLoRA",
-    "LyCORIS/Diag-OFT",
-    "LyCORIS/BOFT",
-    "LyCORIS/Native Fine-Tuning",
-]
+if TYPE_CHECKING:
+    NetworkType = str
+else:
+    NetworkType = Literal[tuple(TYPES)]
 Reach = Literal["attn-mlp", "attn-only", "full", "full-lin", "unet-transformer-only", "unet-convblock-only"]
 
 
@@ -31,7 +24,9 @@ class Network(Group):
         ranks (4–8) and more steps; LyCORIS/LoKr makes the smallest files but for LyCORIS/iA3, which only scales what is
         there (rates of 5e-3 and more). LyCORIS/LoCon is Kohya LoCon with DoRA and more to choose; LyCORIS/GLoRA adds
         a second pair of matrices. LyCORIS/Diag-OFT and BOFT turn weights instead of adding to them, which keeps more
-        of the model. LyCORIS/Native Fine-Tuning trains everything: a file as large as the model, much memory.""",
+        of the model. LyCORIS/Native Fine-Tuning trains everything: a file as large as the model, much memory. LoRA-FA is
+        Standard with half of it frozen: less memory, slower to learn. DyLoRA trains all ranks up to the one
+        given, so that the best is chosen afterwards.""",
     )
     weights: str = parameter(
         "network_weights",
@@ -99,6 +94,26 @@ class Network(Group):
         Section.LORA,
         """Which layers are trained. full: all; full-lin: without 3×3 convolutions; attn-mlp: the transformers, as
         Standard does; attn-only: their attention alone; unet-…: that part of the U-Net, and no text encoder.""",
+    )
+    norms: bool = parameter(
+        "train_norm",
+        False,
+        "Train Norm",
+        Section.LORA,
+        """Train weight and bias of the U-Net's norm layers too, where the preset reaches. They are few and set
+        contrast and colours of whole pictures: try it for styles, with a low rate. ComfyUI and the web UIs'
+        newer versions use them; other programs may leave them aside.""",
+    )
+    unit: int = parameter(
+        "unit",
+        1,
+        "DyLoRA Unit / Block size",
+        Section.RANK,
+        """DyLoRA trains one unit of this many ranks in a step, drawn at random, so that the file can be cut off
+        behind any of them later. It must divide the ranks. Small units leave more to choose from and need more
+        steps, since each is drawn less often: a quarter of the rank is a start.""",
+        ge=1,
+        le=64,
     )
     factor: int = parameter(
         "factor",
