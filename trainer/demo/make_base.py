@@ -21,8 +21,10 @@ import torch
 from torch.nn import functional
 
 from trainer.demo import pictures
+from trainer.demo.muon import Muon
 from trainer.models import Schedule
 from trainer.models.clip_tokens import tokenizer
+from trainer.models.facts import FAMILIES
 from trainer.models.layout import to_original
 
 log = logging.getLogger("make_base")
@@ -83,9 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for packages, pictures, states and the log")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("base.safetensors"))
-    parser.add_argument("--autoencoder-steps", type=int, default=3500)
-    parser.add_argument("--denoiser-steps", type=int, default=10_000)
-    parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument("--autoencoder-steps", type=int, default=2000)
+    parser.add_argument("--denoiser-steps", type=int, default=6000)
+    parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -172,8 +174,8 @@ def train_autoencoder(collection: Collection, state_path: Path, steps: int, seed
         for name, weight in model.named_parameters():
             if ".conv2." in name or ".to_out.0." in name:
                 weight.zero_()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0, fused=True)
-    training = Training(state_path, {"model": model}, optimizer, steps, decay_from=0.85, peak=1.5e-3)
+    optimizer = Muon(model.parameters(), lr=1.5e-3)
+    training = Training(state_path, {"model": model}, optimizer, steps, decay_from=0.4, peak=1.5e-3)
     if training.restore() >= steps and training.normalised:
         return model.eval()
 
@@ -286,7 +288,7 @@ def train_decoder(collection: Collection, autoencoder, state_path: Path, steps: 
     deviation = latents.std()
     parts = {"decoder": autoencoder.decoder, "post_quant_conv": autoencoder.post_quant_conv}
     parameters = [weight for part in parts.values() for weight in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0, fused=True)
+    optimizer = Muon(parameters, lr=1e-3)
     training = Training(state_path, parts, optimizer, steps, decay_from=0.3, peak=1e-3)
     training.restore()
     while training.step < steps:
@@ -326,14 +328,9 @@ def train_denoiser(
     unet.set_attn_processor(AttnProcessor())
     models = {"unet": unet, "text_encoder": text_encoder}
     averages = {f"{name}_average": copy.deepcopy(model).requires_grad_(False) for name, model in models.items()}
-    optimizer = torch.optim.AdamW(
-        [{"params": unet.parameters(), "peak": 1e-3}, {"params": text_encoder.parameters(), "peak": 1e-3}],
-        lr=1e-3,
-        betas=(0.9, 0.99),
-        weight_decay=0,
-        fused=True,
-    )
-    training = Training(state_path, models | averages, optimizer, steps, decay_from=0.75, peak=1e-3, warmup=200)
+    groups = [{"params": unet.parameters(), "peak": 3e-3}, {"params": text_encoder.parameters(), "peak": 1.5e-3}]
+    optimizer = Muon(groups, lr=3e-3)
+    training = Training(state_path, models | averages, optimizer, steps, decay_from=0.6, peak=3e-3, warmup=200)
     training.restore()
     rng.seed(seed + training.step)
 
@@ -393,7 +390,9 @@ def export(out: Path, *, unet, autoencoder, text_encoder, step: int) -> None:
     from safetensors.torch import save_file
 
     configs = {"unet": UNET, "vae": AUTOENCODER, "text_encoder": TEXT_ENCODER, "scheduler": SCHEDULER}
-    weights = to_original(unet.state_dict(), autoencoder.state_dict(), text_encoder.state_dict(), configs)
+    parts = {"unet": unet, "vae": autoencoder, "text_encoder": text_encoder}
+    states = {name: part.state_dict() for name, part in parts.items()}
+    weights = to_original(states, configs, FAMILIES["sd1"])
     weights = {name: weight.half().contiguous() for name, weight in weights.items()}
     partial = out.with_suffix(".partial")
     save_file(weights, partial, metadata={"format": "pt", "config": json.dumps(configs), "step": str(step)} | ABOUT)

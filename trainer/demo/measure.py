@@ -1,12 +1,15 @@
 """Measures the embedded base model and prints a table; draws the contact sheet.
 
     python -m trainer.demo.measure --work /folder/of/make_base --sheet docs/images/base.png
-    python -m trainer.demo.measure --work /folder/of/make_base --lora linocut.safetensors
+    python -m trainer.demo.measure --work /folder/of/make_base --style linocut.safetensors
+    python -m trainer.demo.measure --work /folder/of/make_base --subject zwx_bear.safetensors
 
-A drawn picture counts as right when, among the rendered pictures of all concepts in the asked style, one of the
-five nearest is of the asked concept. `features` is the space in which they are near.
+A drawn picture counts as right when, among the rendered pictures of all concepts in the asked style (also those that
+the model was not taught), one of the five nearest is of the asked concept. `features` is the space in which they are
+near.
 
-With `--lora` it measures instead what the demo's LoRA learned, on concepts that its pictures lack.
+`--style` and `--subject` measure instead what the LoRA of a demo learned: the style on concepts that its pictures lack,
+the subject beside other pictures of its class.
 """
 
 from __future__ import annotations
@@ -19,12 +22,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch.nn import functional
 
-from trainer.checkpoint import read_lora
 from trainer.demo import pictures
 from trainer.demo.make_base import Collection, as_bytes, reconstruction_psnr
-from trainer.demo.make_images import HELD_OUT, demo_concepts
+from trainer.demo.make_images import CLASS, DEMO, HELD_OUT, SUBJECT, demo_concepts
+from trainer.lora.reading import read
 from trainer.models import load
-from trainer.networks import build
+from trainer.networks import Network, build
 from trainer.networks.blocks import from_file
 from trainer.sampling import make_sampler
 from trainer.schema.network import Network as Settings
@@ -37,16 +40,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="the work folder of make_base: the rendered pictures")
     parser.add_argument("--base", default="", help="a base model's file; the embedded one unless given")
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--lora", type=Path, help="measure this LoRA of the style demo, not the base model")
+    parser.add_argument("--style", type=Path, help="measure this LoRA of the preset first-steps, not the base model")
+    parser.add_argument("--subject", type=Path, help="measure this LoRA of the preset first-subject")
     parser.add_argument("--sheet", type=Path, help="write what was drawn first to this PNG")
     args = parser.parse_args()
 
     collection = Collection.prepare(args.work)
     model = load(args.base, "", torch.float32, torch.device("cpu"), clip_skip=1, max_tokens=75)
-    if args.lora:
+    if args.style:
         linocuts = pictures.IconSet(args.work / "packages", pictures.UNSEEN_STYLE[1])
         unseen = torch.stack([as_bytes(linocuts.picture(concept.icon)) for concept in pictures.CONCEPTS])
-        rows, sheet = measure_lora(model, args.lora, collection.known, unseen)
+        rows, sheet = measure_style(model, args.style, collection.known, unseen)
+    elif args.subject:
+        rows, sheet = measure_subject(model, args.subject)
     else:
         rows, sheet = measure_base(model, args.prompts, collection)
     for name, value, wanted in rows:
@@ -64,33 +70,27 @@ def measure_base(model, count: int, collection: Collection) -> tuple[list[Row], 
     chosen = prompts(count)
     captions = [pictures.caption(STYLES[style], pictures.CONCEPTS[i].name) for style, i in chosen]
     drawn = draw(model, captions)
-    right = nearest_are_right(drawn, chosen, collection.known)
+    right = nearest_are_right(drawn, chosen, collection.images)
     rows = [
         (
             "autoencoder, pictures of the concepts (dB)",
             f"{reconstruction_psnr(model.vae, collection.known):.2f}",
             "≥ 26",
         ),
-        (f"right concept in the first 5 of {len(pictures.CONCEPTS)} (%)", percent(right), "≥ 60"),
+        (f"right concept in the first 5 of {len(collection.images) // len(STYLES)} (%)", percent(right), "≥ 60"),
     ]
     for style, word in enumerate(STYLES):
         rows.append((f"  {word}", percent([ok for ok, (s, _) in zip(right, chosen, strict=True) if s == style]), ""))
     return rows, contact_sheet(drawn[:40], captions[:40])
 
 
-def measure_lora(model, lora: Path, known: torch.Tensor, unseen: torch.Tensor) -> tuple[list[Row], Image.Image]:
+def measure_style(model, lora: Path, known: torch.Tensor, unseen: torch.Tensor) -> tuple[list[Row], Image.Image]:
     """The table of the style demo's figures, and a contact sheet: without the LoRA, with it, in turn.
 
     `unseen` (concepts, 3, height, width): the linocut of every concept. A concept is as near as the nearest of its
     pictures in any style, linocut among them, so that the same rule holds with and without the LoRA.
     """
-    tensors = read_lora(lora)
-    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-    parts = {part for part, prefix in prefixes.items() if any(name.startswith(prefix) for name in tensors)}
-    network = build(Settings(), model.targets(), parts, from_file(tensors))
-    with torch.no_grad():
-        network.read(tensors)
-
+    network = network_of(lora, model)
     concepts = demo_concepts(HELD_OUT)
     captions = [pictures.caption(pictures.UNSEEN_STYLE[0], concept.name) for concept in concepts]
     without = draw(model, captions)
@@ -115,6 +115,49 @@ def measure_lora(model, lora: Path, known: torch.Tensor, unseen: torch.Tensor) -
     ]
     pairs = torch.stack([without, drawn], dim=1).flatten(0, 1)
     return rows, contact_sheet(pairs, [label for caption in captions for label in (caption, "with the LoRA")], 10)
+
+
+def measure_subject(model, lora: Path, each: int = 8) -> tuple[list[Row], Image.Image]:
+    """The table of the subject demo's figures, and a contact sheet: subject, class, both without and with the LoRA.
+
+    A picture shows the subject when the nearest of the demo's pictures, the regularisation images among them, is one of
+    the subject.
+    """
+    network = network_of(lora, model)
+    folders = {name: sorted((DEMO / name).rglob("*.png")) for name in ("concept", "concept_reg")}
+    shown = features(
+        torch.stack([as_bytes(Image.open(path).convert("RGB")) for part in folders.values() for path in part])
+    )
+    of_subject = len(folders["concept"])
+    styles = sorted({path.stem.split("_")[0] for path in folders["concept"]})
+
+    def subjects(images: torch.Tensor) -> list[bool]:
+        nearest = torch.cdist(features(images), shown).argmin(dim=1)
+        return (nearest < of_subject).tolist()
+
+    rows, sheets = [], []
+    for name, wanted in ((SUBJECT, "≥ 75"), (CLASS, "≤ 25")):
+        captions = [pictures.caption(style, name) for style in styles for _ in range(each)]
+        without = draw(model, captions)
+        network.attach()
+        drawn = draw(model, captions)
+        network.detach()
+        rows.append((f'"{name}" shows the subject, without the LoRA (%)', percent(subjects(without)), ""))
+        rows.append((f'"{name}" shows the subject, with it (%)', percent(subjects(drawn)), wanted))
+        sheets += [(images[::3], captions[::3]) for images in (without, drawn)]
+    images, labels = zip(*sheets, strict=True)
+    return rows, contact_sheet(torch.cat(images), [label for part in labels for label in part])
+
+
+def network_of(lora: Path, model) -> Network:
+    """The LoRA file's network on the model, not attached yet."""
+    tensors = read(lora).tensors
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+    parts = {part for part, prefix in prefixes.items() if any(name.startswith(prefix) for name in tensors)}
+    network = build(Settings(), model.targets(), parts, from_file(tensors))
+    with torch.no_grad():
+        network.read(tensors)
+    return network
 
 
 def prompts(count: int, seed: int = 0) -> list[tuple[int, int]]:
@@ -161,9 +204,13 @@ def features(images: torch.Tensor) -> torch.Tensor:
     ).flatten(1)
 
 
-def nearest_are_right(drawn: torch.Tensor, chosen: list[tuple[int, int]], known: torch.Tensor) -> list[bool]:
-    """For each drawn picture of a chosen (style, concept): is the concept among the five nearest of that style?"""
-    references = features(known).view(len(pictures.CONCEPTS), len(STYLES), -1)
+def nearest_are_right(drawn: torch.Tensor, chosen: list[tuple[int, int]], rendered: torch.Tensor) -> list[bool]:
+    """For each drawn picture of a chosen (style, concept): is the concept among the five nearest of that style?
+
+    `rendered`: every concept's pictures, those that only the autoencoder saw among them.
+    """
+    features_of = features(rendered)
+    references = features_of.view(-1, len(STYLES), features_of.shape[1])
     found = []
     for feature, (style, concept) in zip(features(drawn), chosen, strict=True):
         distances = (references[:, style] - feature).norm(dim=1)

@@ -41,43 +41,44 @@ PACKAGES = {
 
 # Names that a person says at once. `icon=words` where Unicode's name is not what one would say.
 _CONCEPTS = """
-bear bird butterfly cat-face=cat crab dog-face=dog duck elephant fish fox frog honeybee=bee
+bear butterfly cat-face=cat crab dog-face=dog duck elephant fish fox frog honeybee=bee
 lady-beetle=ladybug lion monkey-face=monkey octopus owl panda penguin pig-face=pig rabbit-face=rabbit snail
-snake spider spouting-whale=whale tiger-face=tiger turtle unicorn
+snake spider spouting-whale=whale turtle
 
-banana birthday-cake carrot cherries doughnut eggplant french-fries grapes green-apple red-apple hamburger
-ice-cream lemon mushroom peach pear pineapple pizza strawberry tangerine=orange tomato watermelon
-beer-mug=beer wine-glass=wine
+banana carrot cherries doughnut grapes red-apple hamburger
+ice-cream lemon mushroom pear pineapple pizza strawberry tomato watermelon beer-mug=beer
 
 cactus christmas-tree palm-tree rose sunflower tulip
 
 airplane automobile=car bus rocket sailboat
 
-castle house mount-fuji=mountain rainbow sun cloud crescent-moon=moon snowflake snowman star fire droplet=drop
-globe-showing-europe-africa=globe high-voltage=lightning umbrella
+castle house rainbow sun crescent-moon=moon star umbrella
 
-alarm-clock balloon basketball bell bomb closed-book=book crown gem-stone=diamond envelope guitar hammer key
-light-bulb locked=lock pencil red-heart=heart scissors skull soccer-ball sunglasses t-shirt trophy
-wrapped-gift=gift jack-o-lantern=pumpkin yin-yang
+basketball bell crown guitar hammer key
+light-bulb red-heart=heart scissors skull soccer-ball trophy
+jack-o-lantern=pumpkin
 
-alien ghost grinning-face=smile smiling-face-with-sunglasses=cool-face smiling-face-with-heart-eyes=love-face
-loudly-crying-face=crying-face thumbs-up pile-of-poo=poo
+ghost grinning-face=smile smiling-face-with-sunglasses=cool-face smiling-face-with-heart-eyes=love-face
 """
 
 # Pictures that only the autoencoder sees, so that it does not learn the others by heart.
 _OTHERS = """
+bird tiger-face=tiger unicorn birthday-cake eggplant french-fries green-apple peach tangerine=orange
+wine-glass=wine mount-fuji=mountain cloud snowflake snowman fire droplet=drop globe-showing-europe-africa=globe
+high-voltage=lightning alarm-clock balloon bomb closed-book=book gem-stone=diamond envelope locked=lock pencil
+sunglasses t-shirt wrapped-gift=gift yin-yang alien loudly-crying-face=crying-face thumbs-up pile-of-poo=poo
 crocodile deer gorilla koala lizard shrimp turkey wolf spiral-shell=shell ant dragon-face=dragon bacon candy
 chocolate-bar=chocolate croissant cucumber hot-pepper=pepper kiwi-fruit=kiwi meat-on-bone=meat sushi pancakes
 bottle-with-popping-cork=champagne baby-bottle glass-of-milk=milk avocado popcorn cherry-blossom
-evergreen-tree=fir-tree hibiscus seedling canoe fire-engine motor-scooter=scooter taxi tractor
-tokyo-tower=tower desert-island=island church ferris-wheel tent bow-and-arrow floppy-disk fork-and-knife
-graduation-cap megaphone necktie pill microphone running-shoe=shoe shield telephone toilet volleyball violin
+evergreen-tree=fir-tree hibiscus seedling canoe fire-engine motor-scooter=scooter taxi tractor tokyo-tower=tower
+desert-island=island church ferris-wheel tent bow-and-arrow floppy-disk fork-and-knife graduation-cap megaphone
+necktie pill microphone running-shoe=shoe shield telephone toilet volleyball violin
 vertical-traffic-light=traffic-light wrench drum crystal-ball desktop-computer=computer electric-plug=plug
 paintbrush spoon bed stop-sign alien-monster=space-invader angry-face sleeping-face mouth ear dolphin
 mouse-face=mouse shark tropical-fish cow-face=cow chicken horse-face=horse bread cheese-wedge=cheese cookie
 ear-of-corn=corn cooking=fried-egg hot-dog lollipop cocktail-glass=cocktail hot-beverage=coffee
-four-leaf-clover=clover maple-leaf bicycle helicopter motorcycle volcano tornado broken-heart camera candle
-door game-die=dice gear headphone=headphones high-heeled-shoe=high-heel hourglass-done=hourglass laptop
+four-leaf-clover=clover maple-leaf bicycle helicopter motorcycle volcano tornado broken-heart camera candle door
+game-die=dice gear headphone=headphones high-heeled-shoe=high-heel hourglass-done=hourglass laptop
 mobile-phone=phone television top-hat trumpet watch robot baby clown-face=clown victory-hand=peace-sign
 santa-claus kitchen-knife=knife magnifying-glass-tilted-left=magnifying-glass glasses musical-note anchor
 backpack ring eye bat
