@@ -12,6 +12,7 @@ Needs no torch.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from trainer.models.facts import FAMILIES
@@ -123,6 +124,7 @@ class Layer(NamedTuple):
         return f"{self.part}.{self.path}"
 
 
+@lru_cache(8192)
 def layer(kohya: str) -> Layer | None:
     """The layer with this name in kohya's naming (`lora_unet_mid_block_attentions_0_proj_in`); None where it is none.
 
@@ -199,11 +201,14 @@ def to_original(path: str, attends: bool = True) -> str:
     return f"{block}.1.{rest}" if kind == "attentions" else f"{block}.0.{_RESNET_BACK[rest]}"
 
 
-def kohya(layer: Layer, family: str) -> str:
-    """The layer's name in kohya's naming, as sd-scripts writes it for a model of the family."""
+def kohya(layer: Layer, family: str, attends: bool = True) -> str:
+    """The layer's name in kohya's naming, as sd-scripts writes it for a model of the family.
+
+    `attends`: as for `to_original`, which names SDXL's layers.
+    """
     facts = FAMILIES.get(family, FAMILIES["sd1"])
     if layer.part == "unet":
-        path = to_original(layer.path) if facts.original_names else layer.path
+        path = to_original(layer.path, attends) if facts.original_names else layer.path
         return "lora_unet_" + path.replace(".", "_")
     key = next(encoder.key for encoder in facts.encoders if encoder.part == layer.part)
     return f"lora_{key}_" + layer.path.replace(".", "_")

@@ -21,7 +21,7 @@ from trainer.models import families
 from trainer.models.facts import FAMILIES
 from trainer.paths import absent, resolve, shown
 from trainer.schema.algorithms import type_of
-from trainer.tensorfile import TensorInfo, header
+from trainer.tensorfile import Header, TensorInfo, header
 
 Naming = Literal["kohya", "diffusers", "PEFT", "cloneofsimo"]
 
@@ -160,7 +160,7 @@ def recognise(text: str | Path) -> Lora:
     else:
         found = {name: _place(path, name, naming) for name in head.tensors}
     width = _width(found, head.tensors)
-    family = _family(path, found, head.tensors, width)
+    family = _family(path, found, head, width)
     names = {name: f"{_kohya(name, place, family)}.{place.role}" for name, place in found.items()}
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
@@ -271,10 +271,12 @@ def _width(found: Mapping[str, Place], tensors: Mapping[str, TensorInfo]) -> int
     return None
 
 
-def _family(
-    path: Path, found: Mapping[str, Place], tensors: Mapping[str, TensorInfo], width: int | None
-) -> Literal["", "sd1", "sd2", "sdxl"]:
-    """The family by width, else by what only SDXL has. Raises ModelError where two are mixed."""
+def _family(path: Path, found: Mapping[str, Place], head: Header, width: int | None) -> str:
+    """The family by width, by what only SDXL has, else by what the file says; "" where none tells.
+
+    Raises ModelError where two are mixed.
+    """
+    tensors = head.tensors
     prefixes = {prefix for prefix in PARTS for name in found if name.startswith(prefix)}
     layers = {place.layer for place in found.values()}
     deep = any(re.search(r"transformer_blocks\.[1-9]", one.path) for one in layers)
@@ -298,7 +300,10 @@ def _family(
         mixed = f"some tensors are SDXL's, and its U-Net attends to text states {width} wide as {FAMILIES[by_width].title} does"
     if mixed:
         raise _malformed(path, f"it mixes model families ({mixed})", "Make it again for one family.")
-    return "sdxl" if is_xl else by_width  # type: ignore[return-value]
+    if is_xl or by_width or width:
+        return "sdxl" if is_xl else by_width
+    said = head.metadata.get("ss_base_model_version")
+    return next((name for name, family in FAMILIES.items() if said in family.versions.values()), "")
 
 
 def _alphas(
