@@ -35,7 +35,7 @@ def poll(found: runs.Runs, ask: Mapping[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {"run": run.folder.name, "now": time.time()}
     answer.update(_news(run, int(ask.get("events") or 0) if same else 0))
     answer.update(log_from(run.log, int(ask.get("log") or 0) if same else 0))
-    tail = runs.last_events(run)
+    tail = events.last(run.events)
     answer["state"] = runs.state(run, tail)
     answer["stop_asked"] = runs.stop_asked(run)
     answer["last_event"] = tail[-1]["time"] if tail else runs.began(run)
@@ -46,8 +46,9 @@ def poll(found: runs.Runs, ask: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _news(run: Run, offset: int) -> dict[str, Any]:
-    """What happened behind a byte offset: points of the loss as (step, loss, U-Net's rate, text encoder's rate)."""
-    news: dict[str, Any] = {"from": offset, "points": [], "samples": [], "saved": [], "warnings": [], "more": False}
+    """What happened behind a byte offset: points of the loss as (step, loss, average, U-Net's rate, text encoder's)."""
+    lists: dict[str, Any] = {key: [] for key in ("points", "samples", "saved", "verified", "warnings")}
+    news = {"from": offset, "more": False, **lists}
     try:
         if offset > run.events.stat().st_size:
             news["from"] = offset = 0
@@ -66,7 +67,8 @@ def _news(run: Run, offset: int) -> dict[str, Any]:
 def _sort_in(event: Mapping[str, Any], news: dict[str, Any], run: Run) -> None:
     kind = event["type"]
     if kind == "step":
-        news["points"].append([event["step"], event["loss"], event["unet_lr"], event["text_encoder_lr"]])
+        keys = ("step", "loss", "average_loss", "unet_lr", "text_encoder_lr")
+        news["points"].append([event.get(key) for key in keys])
         news["step"] = event
     elif kind == "sample":
         path = run.folder / event["path"]
@@ -74,8 +76,8 @@ def _sort_in(event: Mapping[str, Any], news: dict[str, Any], run: Run) -> None:
             news["samples"].append({**event, "path": str(path)})
     elif kind == "saved":
         news["saved"].append({**event, "path": str(run.folder / event["path"])})
-    elif kind == "warning":
-        news["warnings"].append(event)
+    elif kind in ("verified", "warning"):
+        news["verified" if kind == "verified" else "warnings"].append(event)
     elif kind in ("started", "phase", "failed", "ended"):
         news[kind] = event
 

@@ -19,7 +19,7 @@ from trainer.run import REQUESTS, Run
 from trainer.schema import PARAMETERS, Section
 
 STATIC = Path(__file__).parent / "static"
-SCRIPTS = ("dom", "banner", "form", "files", "chart", "log", "samples", "live", "bar", "lists", "begin")
+SCRIPTS = ("dom", "banner", "form", "find", "files", "chart", "log", "samples", "live", "bar", "lists", "begin")
 PARAMETER_TABS = ("Basic", "Advanced")
 MOST_RUNS = 100
 FIRST = "shipped/first-steps"
@@ -147,6 +147,16 @@ class Desk:
             "more": max(0, len(ids) - MOST_RUNS),
         }
 
+    def settings(self, ask: Ask) -> Answer:
+        """A run's settings as the form shows them; the newest run's for ""."""
+        run = self.runs.find(str(ask["run"]))
+        if run is None:
+            return {"run": None}
+        try:
+            return {**_as_form(kohya.load(run.config)), "run": run.folder.name}
+        except ConfigError as error:
+            return {"run": run.folder.name, "problems": [asdict(problem) for problem in error.problems]}
+
     def download(self, ask: Ask) -> Answer:
         """Let the browser fetch one file of a run; its path is in the answer."""
         run = self._run(ask)
@@ -176,6 +186,7 @@ class Desk:
             "poll": self.poll,
             "control": self.control,
             "runs": self.list_runs,
+            "settings": self.settings,
             "download": self.download,
             "listing": self.listing,
         }
@@ -243,15 +254,21 @@ def theme() -> gr.themes.Base:
 
 def style() -> str:
     """The style sheet, for the page's head: Gradio rewrites what is given as css."""
-    return f"<style>\n{(STATIC / 'page.css').read_text(encoding='utf-8')}\n</style>"
+    return f"<style>\n{_text('page.css')}\n</style>"
+
+
+def _text(name: str) -> str:
+    """A static file without its indentation and lines of comment: all of them stand in the page's index."""
+    lines = (line.strip() for line in (STATIC / name).read_text(encoding="utf-8").splitlines())
+    return "\n".join(line for line in lines if line and not line.startswith("//"))
 
 
 def _markup(name: str) -> str:
-    return (STATIC / f"{name}.html").read_text(encoding="utf-8")
+    return _text(f"{name}.html")
 
 
 def _script() -> str:
-    return "\n".join((STATIC / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+    return "\n".join(_text(f"{name}.js") for name in SCRIPTS)
 
 
 def build(desk: Desk) -> gr.Blocks:

@@ -13,14 +13,14 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
-from trainer import kohya
+from trainer import events, kohya
 from trainer.errors import Problem
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, Run, new_run, write_whole
 
@@ -31,7 +31,6 @@ CHECK_TIMEOUT_S = 180
 LEAST_MEMORY_KEYS = ("train_batch_size", "max_resolution", "gradient_checkpointing", "cache_latents")
 
 _ID = re.compile(r"\d{8}-\d{6}-[\w.-]+")
-_TAIL_BYTES = 16384
 
 
 class BusyError(Exception):
@@ -132,7 +131,7 @@ class Runs:
     def summary(self, run_id: str) -> dict[str, Any]:
         """One line of the list of runs."""
         run = Run(self.folder / run_id)
-        tail = last_events(run)
+        tail = events.last(run.events)
         step = next((e for e in reversed(tail) if e["type"] == "step"), None)
         return {
             "id": run_id,
@@ -141,7 +140,7 @@ class Runs:
             "began": began(run),
             "step": step["step"] if step else 0,
             "total": step["total"] if step else 0,
-            "loss": step["loss"] if step else None,
+            "loss": step.get("average_loss") if step else None,
             "files": [e["path"] for e in tail if e["type"] == "saved" and e["what"] == "final"],
         }
 
@@ -193,29 +192,6 @@ def kill(run: Run) -> None:
     psutil.wait_procs(family, timeout=10)
 
 
-def last_events(run: Run) -> list[dict[str, Any]]:
-    """The events in the last part of the stream, oldest first."""
-    try:
-        with run.events.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL_BYTES))
-            data = file.read()
-    except FileNotFoundError:
-        return []
-    lines = data.split(b"\n")[1 if size > _TAIL_BYTES else 0 : -1]
-    return list(_records(lines))
-
-
-def _records(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "type" in record:
-            yield record
-
-
 def stop_asked(run: Run) -> float | None:
     """When the run was asked to stop (Unix seconds); None if it was not."""
     try:
@@ -228,8 +204,9 @@ def stop_asked(run: Run) -> float | None:
 
 def state(run: Run, tail: Sequence[Mapping[str, Any]] | None = None) -> State:
     """What a run is doing, by its events, its process and what was asked of it."""
-    events = last_events(run) if tail is None else tail
-    for event in reversed(events):
+    if tail is None:
+        tail = events.last(run.events)
+    for event in reversed(tail):
         if event["type"] == "ended":
             return "stopped" if event["status"] == "stopped" else "done"
         if event["type"] == "failed":
@@ -238,7 +215,7 @@ def state(run: Run, tail: Sequence[Mapping[str, Any]] | None = None) -> State:
         return "stopped" if exit_code(run) == EXIT_STOPPED else "crashed"
     if stop_asked(run) is not None:
         return "stopping"
-    return "running" if any(event["type"] == "step" for event in events) else "starting"
+    return "running" if any(event["type"] == "step" for event in tail) else "starting"
 
 
 def cause(run: Run, failed: Mapping[str, Any] | None) -> Cause:

@@ -101,3 +101,10 @@ def test_a_file_that_is_no_preset_is_refused_by_name(tmp_path, content):
 def test_a_byte_order_mark_does_not_matter(tmp_path):
     (tmp_path / "p.json").write_bytes(b'\xef\xbb\xbf{"epoch": 2}')
     assert kohya.load(tmp_path / "p.json").values == {"epoch": 2}
+
+
+def test_a_key_that_is_nearly_a_parameters_is_asked_about():
+    (note,) = kohya.read({"netwrk_dim": 8, "epoch": 2}).notes
+    assert (note.what, note.key) == ("unknown", "netwrk_dim") and "(did you mean network_dim?)" in note.message
+    for flat in ({"netwrk_dim": 8, "network_dim": 4}, {"gui_theme": "dark"}):
+        assert "did you mean" not in kohya.read(flat).notes[0].message

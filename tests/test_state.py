@@ -271,6 +271,47 @@ def test_a_state_of_the_same_name_is_replaced_and_any_other_folder_left_alone(se
     assert state.read(tmp_path / "out" / "photo-state-2").step == 2
 
 
+def test_a_state_stays_when_its_successor_cannot_take_its_name(settings, train, tmp_path, monkeypatch):
+    settings |= {"save_state": True, "max_train_steps": 1}
+    train(settings)
+    rename = Path.rename
+
+    def refused(path, target):
+        if path.name.endswith(".tmp"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    assert train(settings | {"max_train_steps": 2})[0] == EXIT_FAILED
+    assert [name for name in names(tmp_path / "out") if "state" in name] == ["photo-state"]
+    assert state.read(tmp_path / "out" / "photo-state").step == 1
+
+
+@pytest.mark.proves("resume")
+def test_images_and_captions_that_changed_since_the_state_are_named(settings, train, tmp_path, stop_at):
+    settings |= {"save_state": True, "max_train_steps": 4}
+    stop_at(2)
+    train(settings)
+    stop_at(0)
+    again = settings | {"resume": str(tmp_path / "out" / "photo-step00000002-state")}
+
+    def told():
+        _, events, _ = train(again)
+        return [e["message"] for e in of_type(events, "warning") if "images or captions" in e["message"]]
+
+    assert told() == []
+    folder = next(path for path in Path(settings["train_data_dir"]).iterdir() if path.is_dir())
+    first, second, third = sorted(path for path in folder.iterdir() if path.suffix == ".png")[:3]
+    first.with_suffix(".txt").write_text("something new")
+    shutil.copy(second, folder / "new.png")
+    third.unlink()
+    (message,) = told()
+    assert message == (
+        f"The images or captions are not those of step 2: 1 added ({folder.name}/new.png); "
+        f"1 gone ({folder.name}/{third.name}); 1 with another caption ({folder.name}/{first.name})."
+    )
+
+
 def test_a_state_whose_writing_fails_leaves_nothing_behind(settings, train, tmp_path, monkeypatch):
     import errno
 
@@ -366,6 +407,6 @@ def test_every_network_comes_back_from_its_state_and_answers_the_same(settings, 
     for session in (first, second):
         session.network.attach()
         with torch.no_grad(), session.network.without_dropout():
-            answers.append(session.model.text_states(session.model.tokens(["a cat"])))
+            answers.append(session.model.text_states(session.model.tokens(["a cat"])).states)
         session.network.detach()
     assert torch.equal(*answers)

@@ -50,8 +50,9 @@ class Phase(Event):
 
 @dataclass(frozen=True)
 class Step(Event):
-    """One optimizer step. `loss` is its mean; rates are those that the step used, also
-    where the optimizer finds them itself."""
+    """One optimizer step. `loss` is its mean, `average_loss` that of the last steps; rates are those
+    that the step used, also where the optimizer finds them itself. `seconds_left` counts what is
+    still to be saved and drawn; None while too little was measured."""
 
     type: ClassVar[str] = "step"
     step: int
@@ -59,9 +60,11 @@ class Step(Event):
     epoch: int
     epochs: int
     loss: float
+    average_loss: float
     unet_lr: float | None
     text_encoder_lr: float | None
     steps_per_s: float
+    seconds_left: float | None
     memory_bytes: int
 
 
@@ -128,6 +131,15 @@ class EventLog:
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def last(path: Path, most_bytes: int = 16384) -> list[dict[str, object]]:
+    """The events in the last part of the stream, oldest first; none where there is no file."""
+    try:
+        # What is left of a line that the part begins in is no JSON.
+        return [event for event, _ in read(path, max(0, path.stat().st_size - most_bytes))]
+    except FileNotFoundError:
+        return []
 
 
 def read(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, object], int]]:

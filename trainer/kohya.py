@@ -6,6 +6,7 @@ spelling is reported. Values are handed on as they stand; the schema gives them 
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -84,7 +85,7 @@ def read(flat: Mapping[str, Any]) -> Preset:
         known = OLDER_KEYS.get(key, key)
         if known not in PARAMETERS:
             kept[key] = value
-            note = _note(key, value)
+            note = _note(key, value, flat)
             if note:
                 notes.append(note)
             continue
@@ -132,14 +133,16 @@ def _newer_value(key: str, value: Any) -> Any:
     return value
 
 
-def _note(key: str, value: Any) -> Note | None:
+def _note(key: str, value: Any, flat: Mapping[str, Any]) -> Note | None:
     if key in (DESCRIPTION, "use_8bit_adam"):
         return None
     if key in PENDING:
         if value in _OFF or value in PENDING[key]:
             return None
         return Note("not supported", key, "is not supported yet; the value is kept and has no effect")
-    return Note("unknown", key, "is not a parameter of LoRA training here; it is kept and has no effect")
+    near = difflib.get_close_matches(key, PARAMETERS.keys() - flat.keys(), 1, cutoff=0.8)
+    asks = f" (did you mean {near[0]}?)" if near else ""
+    return Note("unknown", key, f"is not a parameter of LoRA training here{asks}; it is kept and has no effect")
 
 
 def load(path: Path) -> Preset:

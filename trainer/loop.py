@@ -15,6 +15,7 @@ from trainer import checkpoint, objective, optim, state
 from trainer.data.feed import Batch
 from trainer.errors import Stopped, TrainingError
 from trainer.events import Ended, Phase, Saved, Step, Warned
+from trainer.forecast import Forecast
 from trainer.pictures import draw_samples
 from trainer.prepare import Session, memory_bytes
 from trainer.randomness import set_torch_to
@@ -31,14 +32,21 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
     """
     began = time.monotonic()
     s.network.attach()
+    steps = range(s.first_step, s.length.total_steps + 1)
+    forecast = Forecast(
+        {
+            "files": [step for step in steps if files_due(s, step, set())],
+            "pictures": [step for step in steps if samples_due(s, step, set())],
+        }
+    )
     if s.prompts and (s.config.samples.every_n_steps or s.config.samples.every_n_epochs):
-        with optim.averaged(s.optimizer):
+        with forecast.pause("pictures", 0), optim.averaged(s.optimizer):
             draw_samples(s, s.first_step - 1)
     s.emit(Phase("training", s.first_step - 1, s.length.total_steps))
-    report = Reporter(s)
+    report = Reporter(s, forecast)
     batches = s.feed.batches(range(s.length.batches_of(s.first_step)[0], s.length.total_batches))
     step, path = 0, ""
-    for step in range(s.first_step, s.length.total_steps + 1):
+    for step in steps:
         loss, rates = take_step(s, step, batches)
         report.add(step, loss, rates)
         asked = requests()
@@ -47,12 +55,14 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
             report.flush()
             if state_due(s, step, asked):
                 for due in files:
-                    save_state(s, step, due)
+                    with forecast.pause("files", step):
+                        save_state(s, step, due)
             with optim.averaged(s.optimizer):
                 for due in files:
-                    path = save(s, step, due)
+                    with forecast.pause("files", step):
+                        path = save(s, step, due)
                 if pictures:
-                    with suppress(Stopped):  # asked for while drawing; the next step finds it again
+                    with forecast.pause("pictures", step), suppress(Stopped):  # asked for while drawing; the next step finds it again
                         draw_samples(s, step)
             report.resume()
         if "stop" in asked:
@@ -183,7 +193,7 @@ def save_state(s: Session, step: int, due: Due) -> None:
     parts = state.parts_of(s.network, s.optimizer, s.scheduler, s.accelerator.scaler)
     path = checkpoint.on_disk(
         s.output / name,
-        lambda folder: state.write(folder, step, s.seed, s.length.batches_per_epoch, s.config, parts),
+        lambda folder: state.write(folder, step, s.seed, s.length.batches_per_epoch, s.config, parts, s.feed.pictures),
     )
     log.info("saved %s", path)
     s.emit(Saved(str(path), step, s.length.epoch_of(step), "state"))
@@ -194,11 +204,15 @@ def save_state(s: Session, step: int, due: Due) -> None:
 class Reporter:
     """Turns steps into events without making the device wait in each: losses are fetched together.
 
-    Speed is that of the training alone, since the start or the last pause for other work.
+    Speed is that of the training alone, since the start or the last pause for other work. The average
+    loss is over about the last tenth of the steps, at least 10 and at most 200.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, forecast: Forecast) -> None:
         self.s = session
+        self.forecast = forecast
+        self._seen = 0
+        self._average = 0.0
         self._waiting: list[tuple[int, torch.Tensor, dict[str, float]]] = []
         self._flushed = self._since = time.monotonic()
         self._steps = 0
@@ -219,7 +233,9 @@ class Reporter:
         if not self._waiting:
             return
         losses = torch.stack([loss for _, loss, _ in self._waiting]).tolist()
-        self._flushed = time.monotonic()
+        now = time.monotonic()
+        self.forecast.stepped(len(losses), now - self._flushed)
+        self._flushed = now
         self._steps += len(losses)
         speed = self._steps / max(1e-9, self._flushed - self._since)
         memory = memory_bytes(self.s.accelerator.device)
@@ -234,16 +250,21 @@ class Reporter:
                 f"The loss of step {step} is {loss}, so the weights are ruined from there on.",
                 "Lower the learning rate, or set Mixed precision to bf16 or no; then start from the last good file.",
             )
+        self._seen += 1
+        self._average += (loss - self._average) / min(self._seen, 200, max(10, self._seen / 10))
         length, epoch = self.s.length, self.s.length.epoch_of(step)
+        left = self.forecast.seconds_left(step, length.total_steps)
         event = Step(
             step=step,
             total=length.total_steps,
             epoch=epoch,
             epochs=length.epochs,
             loss=loss,
+            average_loss=self._average,
             unet_lr=rates.get("d*lr/unet", rates.get("unet")),
             text_encoder_lr=rates.get("d*lr/text_encoder", rates.get("text_encoder")),
             steps_per_s=round(speed, 4),
+            seconds_left=None if left is None else round(left, 1),
             memory_bytes=memory,
         )
         self.s.emit(event)

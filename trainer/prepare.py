@@ -132,6 +132,8 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
     optimizer = accelerator.prepare(optimizer)
     if resumed:
         _resume(resumed, config, length, emit)
+        if others := resumed.other_pictures(dataset.pictures):
+            emit(Warned(f"The images or captions are not those of step {resumed.step}: {'; '.join(others)}."))
         resumed.restore(network, optimizer, scheduler, accelerator.scaler)
     repeats = [picture.repeats for picture in dataset.pictures]
     return Session(

@@ -118,7 +118,7 @@ def _train(config: Config, run: Run, events: EventLog) -> int:
     emit(
         Started(
             name=session.config.saving.name,
-            family=session.model.family,
+            family=session.model.family.name,
             device=str(session.accelerator.device),
             precision=session.precision,
             images=len(pictures),
@@ -194,7 +194,7 @@ def _logging_to(run: Run) -> Iterator[None]:
 
 
 def _matters(record: logging.LogRecord) -> bool:
-    # At its import it asks for a package that speeds up 4-bit weights on a CPU, which are not used here.
+    # At its import it asks for a package that would speed up 4-bit weights on some CPUs; all works without.
     return "kernels-community" not in record.getMessage()
 
 

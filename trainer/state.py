@@ -1,6 +1,7 @@
 """A training's state in a folder, from which it goes on at the next step as if it had never stopped.
 
-    state.json             step, seed, settings, the scalars of optimizer and scheduler, a digest of the rest
+    state.json             step, seed, settings, what the pictures were, the scalars of optimizer and
+                           scheduler, a digest of the rest
     tensors.safetensors    the network as it is trained, and the optimizer's tensors
 
 No pickle. All randomness follows from the seed and a position, so no random state is kept. The
@@ -14,11 +15,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.data.folders import Picture
 from trainer.errors import StateError
 from trainer.paths import shown
 from trainer.schema import PARAMETERS, Config
@@ -53,6 +55,10 @@ _FREE = {
 }
 
 
+# What is noted of a picture, beside its name.
+_NOTED = ("another image", "another caption", "other repeats")
+
+
 @dataclass(frozen=True)
 class State:
     """A state folder's header: after which step it was written, with which seed and settings."""
@@ -64,6 +70,7 @@ class State:
     settings: Mapping[str, Any]
     digest: str
     packed: Mapping[str, Any]
+    pictures: Mapping[str, Any]
 
     def leads_into(self, total_steps: int) -> None:
         """Raise StateError when a training of so many steps is over by then."""
@@ -92,6 +99,19 @@ class State:
         if batches_per_epoch != self.batches_per_epoch:
             told.append(f"an epoch had {self.batches_per_epoch} batches, now {batches_per_epoch}")
         return told
+
+    def other_pictures(self, pictures: Iterable[Picture]) -> list[str]:
+        """What became of the images and captions since the state was written, in words."""
+        then, now = self.pictures, fingerprint(pictures)
+        if not then:  # written before pictures were noted
+            return []
+        both = [name for name in now if name in then]
+        kinds = {
+            "added": [name for name in now if name not in then],
+            "gone": [name for name in then if name not in now],
+            **{f"with {what}": [n for n in both if then[n][i] != now[n][i]] for i, what in enumerate(_NOTED)},
+        }
+        return [f"{len(names)} {what} ({_listed(names)})" for what, names in kinds.items() if names]
 
     def restore(self, network: Network, optimizer: torch.optim.Optimizer, scheduler: LRScheduler, scaler: Any) -> None:
         """Put everything back. Raises StateError when the folder is damaged, or is of another network."""
@@ -148,6 +168,7 @@ def read(folder: Path) -> State:
             dict(header["settings"]),
             str(header["digest"]),
             dict(header["parts"]),
+            dict(header.get("pictures", {})),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, str(error) or type(error).__name__) from error
@@ -168,6 +189,7 @@ def write(
     batches_per_epoch: int,
     config: Config,
     parts: Mapping[str, Any],
+    pictures: Iterable[Picture] = (),
 ) -> Path:
     """Write a state folder; whole or not at all. Returns where it is.
 
@@ -202,6 +224,7 @@ def write(
             "bytes": (fresh / TENSORS).stat().st_size,
             "digest": digest,
             "parts": packed,
+            "pictures": fingerprint(pictures),
         }
         with (fresh / HEADER).open("w", encoding="utf-8") as text:
             json.dump(header, text)
@@ -209,7 +232,11 @@ def write(
             os.fsync(text.fileno())
         if target.exists():
             target.rename(old)
-            fresh.rename(target)
+            try:
+                fresh.rename(target)
+            except OSError:
+                old.rename(target)
+                raise
             remove(old)
         else:
             fresh.rename(target)
@@ -236,6 +263,22 @@ def parts_of(network: Network, optimizer: torch.optim.Optimizer, scheduler: LRSc
         "scheduler": {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"},
         "scaler": scaler.state_dict() if scaler is not None else {},
     }
+
+
+def fingerprint(pictures: Iterable[Picture]) -> dict[str, list[Any]]:
+    """By folder and name what tells one state of a picture from another, in the order of _NOTED."""
+    return {
+        f"{'regularisation: ' if p.regularisation else ''}{p.folder}/{p.path.name}": [
+            [*p.size, p.path.stat().st_size],
+            hashlib.blake2b(repr((p.caption, p.class_tokens)).encode(), digest_size=8).hexdigest(),
+            p.repeats,
+        ]
+        for p in pictures
+    }
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(shown(name) for name in names[:most]) + (", …" if len(names) > most else "")
 
 
 def settings_of(config: Config) -> dict[str, Any]:

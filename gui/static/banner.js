@@ -39,6 +39,8 @@ class Banner {
       ? make("button", { class: "lw-link lw-control", type: "button", "data-key": item.key, onclick: () => this.form.focus(item.key) },
         this.form.label(item.key))
       : label ? make("b", {}, label) : null;
-    return make("li", {}, tag, " ", control, control ? " " : "", item.message);
+    const [does, act, name] = item.act || [];
+    return make("li", {}, tag, " ", control, control ? " " : "", item.message,
+      ...(act ? [" ", make("button", { class: "lw-link lw-small", type: "button", "aria-label": name, onclick: act }, does)] : []));
   }
 }

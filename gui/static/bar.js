@@ -5,11 +5,13 @@ class Bar {
     Object.assign(this, { form, banner, server, live });
     this.preset = byId("lw-preset");
     this.on("lw-load", () => this.load());
+    this.on("lw-diff", () => this.diff());
     this.on("lw-save", () => this.save());
     this.on("lw-reset", () => this.reset());
     this.on("lw-changed", () => this.tellChanged());
     this.on("lw-check", () => this.check());
     this.on("lw-start", () => this.start());
+    form.resetting = (p) => this.order(() => this.resetOne(p));
     form.whenChanged.push(() => this.count());
     form.whenChanged.push(() => this.draftLater());
     document.addEventListener("keydown", (event) => {
@@ -37,14 +39,25 @@ class Bar {
     }
   }
 
+  // The preset that the form was filled with; "" if with something else, null on the first visit.
+  get source() { return localStorage.getItem("lorawright.preset"); }
+
   offer(presets) {
-    const chosen = this.preset.value || localStorage.getItem("lorawright.preset") || "shipped/first-steps";
+    const chosen = this.source ?? "shipped/first-steps";
     const group = (label, shelf) => {
       const ids = presets.filter((id) => id.startsWith(shelf));
       return ids.length ? [make("optgroup", { label }, ...ids.map((id) => make("option", { value: id }, id.slice(shelf.length))))] : [];
     };
-    this.preset.replaceChildren(...group("Your presets", "own/"), ...group("Built in", "shipped/"));
-    if (presets.includes(chosen)) this.preset.value = chosen;
+    this.preset.replaceChildren(make("option", { value: "", hidden: true }, "choose a preset"), ...group("Your presets", "own/"), ...group("Built in", "shipped/"));
+    this.choose(presets.includes(chosen) ? chosen : "");
+    this.preset.onchange = () => this.choose(this.preset.value, false);
+  }
+
+  // Show a preset in the select; `kept`: it is what the form was filled with, also after a reload.
+  choose(id, kept = true) {
+    this.preset.value = id;
+    byId("lw-load").disabled = byId("lw-diff").disabled = !id;
+    if (kept) localStorage.setItem("lorawright.preset", id);
   }
 
   count() {
@@ -71,17 +84,17 @@ class Bar {
 
   async load() {
     const id = this.preset.value;
-    if (!id) return;
-    await this.take(await this.server.load({ id }), `Loaded “${id.split("/")[1]}”.`);
-    localStorage.setItem("lorawright.preset", id);
+    await this.take(await this.server.load({ id }), `Loaded “${id.split("/")[1]}”.`, id);
   }
 
   // Show a preset that the server read, and what became of its keys. Undo brings the form back.
-  async take(answer, title) {
+  // `id`: the preset that the form then shows, "" when it is none.
+  async take(answer, title, id = "") {
     if (!answer.entries) return this.banner.show("error", "This preset cannot be loaded.", answer.problems);
-    const before = { entries: await this.form.read(), kept: this.form.kept };
+    const before = { entries: await this.form.read(), kept: this.form.kept, id: this.source };
     await this.form.fill(answer.entries, answer.kept);
-    const undo = ["Undo", async () => { await this.form.fill(before.entries, before.kept); this.banner.clear(); }];
+    this.choose(id);
+    const undo = ["Undo", async () => { await this.form.fill(before.entries, before.kept); this.choose(before.id); this.banner.clear(); }];
     const items = [...answer.problems, ...answer.notes];
     const worst = answer.problems.some((p) => p.severity === "error") ? "error" : items.length ? "warning" : "info";
     this.banner.show(worst, title, items, [undo], answer.description);
@@ -101,8 +114,7 @@ class Bar {
     }
     if (answer.problems) return this.banner.show("error", "The preset was not saved.", answer.problems);
     this.offer(answer.presets);
-    this.preset.value = answer.id;
-    localStorage.setItem("lorawright.preset", answer.id);
+    this.choose(answer.id);
     this.banner.show("good", `Saved as ${answer.path}`);
   }
 
@@ -111,10 +123,43 @@ class Bar {
       "All parameters are back at their defaults.");
   }
 
+  async resetOne(p) {
+    const entries = await this.form.read();
+    await this.take({ entries: { ...entries, [p.key]: p.default }, kept: this.form.kept, problems: [], notes: [] },
+      `${p.label} is back at its default. It was ${this.form.spoken(entries[p.key])}.`, this.source);
+  }
+
   tellChanged() {
-    const show = (value) => (value === true ? "on" : value === false ? "off" : value === "" ? "empty" : value.length > 60 ? `${value.slice(0, 60)}…` : value);
-    this.banner.show("info", "Different from the defaults:", this.form.changed().map((p) => ({
-      severity: "changed", key: p.key, label: p.label, message: `${show(this.form.entries[p.key])} (default: ${show(p.default)})` })));
+    const items = this.form.changed().map((p) => ({ severity: "changed", key: p.key,
+      message: `${this.form.spoken(this.form.entries[p.key])} (default: ${this.form.spoken(p.default)})`,
+      act: ["reset", () => this.order(() => this.resetOne(p)), `Reset ${p.label}`] }));
+    this.banner.show("info", items.length ? "Different from the defaults:" : "Everything is at its default.", items,
+      [["Since the last run", () => this.order(() => this.sinceLastRun())]]);
+  }
+
+  // What another set of settings has otherwise: [items for the banner].
+  steps(before, after) {
+    return this.form.differing(before, after).map((p) => ({ severity: "changed", key: p.key,
+      message: `${this.form.spoken(before[p.key] ?? p.default)} → ${this.form.spoken(after[p.key] ?? p.default)}` }));
+  }
+
+  // What loading the chosen preset would change, before it is loaded.
+  async diff() {
+    const id = this.preset.value, name = id.split("/")[1];
+    const answer = await this.server.load({ id });
+    if (!answer.entries) return this.banner.show("error", "This preset cannot be loaded.", answer.problems);
+    const items = this.steps(await this.form.read(), answer.entries);
+    this.banner.show("info", items.length ? `“${name}” would change ${counted(items.length, "parameter")}:` : `“${name}” is what the form shows.`,
+      items, items.length ? [["Load it", () => this.order(() => this.load())]] : [], answer.description);
+  }
+
+  async sinceLastRun() {
+    const answer = await this.server.settings({ run: "" });
+    if (!answer.run) return this.banner.show("info", "There is no run yet.");
+    if (!answer.entries) return this.banner.show("error", `The settings of ${answer.run} cannot be read.`, answer.problems);
+    const items = this.steps(answer.entries, await this.form.read());
+    this.banner.show("info", items.length ? `Changed since ${answer.run}:` : `Nothing has changed since ${answer.run}.`, items,
+      items.length ? [["Back to its settings", () => this.order(() => this.take(answer, `The settings of ${answer.run}.`))]] : []);
   }
 
   async check() {

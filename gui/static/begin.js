@@ -12,6 +12,7 @@ async function begin(server) {
   const banner = new Banner(byId("lw-banner"), form);
   const live = new Live(server, form);
   const bar = new Bar(form, banner, server, live);
+  new Finder(form);
   new RunList(server, live);
   new Json(server, form, bar);
   bar.offer(hello.presets);

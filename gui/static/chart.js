@@ -1,4 +1,4 @@
-// The loss on a canvas: every step's, and smoothed; a logarithmic axis; ticks where samples were made.
+// The loss on a canvas: every step's, and averaged; a logarithmic axis; ticks where samples were made.
 
 class Chart {
   constructor(canvas, readout) {
@@ -13,20 +13,15 @@ class Chart {
   }
 
   clear() {
-    Object.assign(this, { steps: [], loss: [], smooth: [], rates: [], samples: [], pointer: null });
+    Object.assign(this, { steps: [], loss: [], average: [], rates: [], samples: [], pointer: null });
   }
 
-  // points: [step, loss, U-Net's rate, text encoder's rate]
+  // points: [step, loss, average of the last steps, U-Net's rate, text encoder's rate]
   add(points) {
-    for (const [step, loss, unet, text] of points) {
-      const n = this.steps.length;
-      // Averages over about the last tenth of the run, at least 10 and at most 200 steps.
-      const keep = 1 - 1 / Math.min(200, Math.max(10, n / 10));
-      const last = n ? this.smooth[n - 1] : loss;
-      const weight = Math.max(1 - keep, 1 / (n + 1));
+    for (const [step, loss, average, unet, text] of points) {
       this.steps.push(step);
       this.loss.push(loss);
-      this.smooth.push(last + weight * (loss - last));
+      this.average.push(average ?? loss);
       this.rates.push([unet, text]);
     }
   }
@@ -37,7 +32,7 @@ class Chart {
   }
 
   paint() {
-    const { canvas, steps, loss, smooth } = this;
+    const { canvas, steps, loss, average } = this;
     const width = canvas.clientWidth, height = canvas.clientHeight, scale = devicePixelRatio || 1;
     if (!width) return;
     canvas.width = width * scale;
@@ -67,10 +62,10 @@ class Chart {
     pen.lineWidth = 1;
     pen.textAlign = "right";
     pen.textBaseline = "middle";
-    for (const value of logTicks(low, high)) {
+    for (const value of logTicks(low, high, Math.max(3, Math.floor((box.bottom - box.top) / 24)))) {
       const at = Math.round(y(value)) + 0.5;
       pen.beginPath(); pen.moveTo(box.left, at); pen.lineTo(box.right, at); pen.stroke();
-      pen.fillText(String(Number(value.toPrecision(2))), box.left - 6, at);
+      pen.fillText(String(Number(value.toPrecision(3))), box.left - 6, at);
     }
     pen.textBaseline = "alphabetic";
     pen.textAlign = "center";
@@ -86,7 +81,7 @@ class Chart {
     trace(pen, steps, loss, x, y);
     pen.strokeStyle = colour("--lw-accent");
     pen.lineWidth = 2;
-    trace(pen, steps, smooth, x, y);
+    trace(pen, steps, average, x, y);
     pen.restore();
 
     pen.fillStyle = colour("--lw-mark");
@@ -99,7 +94,7 @@ class Chart {
   }
 
   point(pen, x, y, box, colour) {
-    const { steps, loss, smooth, rates } = this;
+    const { steps, loss, average, rates } = this;
     let i = steps.length - 1;
     if (this.pointer !== null) {
       const wanted = steps[0] + ((this.pointer - box.left) / (box.right - box.left)) * (steps[i] - steps[0]);
@@ -108,11 +103,11 @@ class Chart {
       pen.lineWidth = 1;
       pen.beginPath(); pen.moveTo(x(steps[i]), box.top); pen.lineTo(x(steps[i]), box.bottom); pen.stroke();
       pen.fillStyle = colour("--lw-accent");
-      pen.beginPath(); pen.arc(x(steps[i]), y(smooth[i]), 3.5, 0, 7); pen.fill();
+      pen.beginPath(); pen.arc(x(steps[i]), y(average[i]), 3.5, 0, 7); pen.fill();
     }
     const rate = (value) => (value === null || value === undefined ? null : value > 0 && value < 0.001 ? value.toExponential(2).replace(/\.?0+e/, "e") : String(Number(value.toPrecision(3))));
     const [unet, text] = rates[i].map(rate);
-    this.readout.textContent = [`step ${steps[i]}`, `loss ${smooth[i].toPrecision(3)} (this step ${loss[i].toPrecision(3)})`,
+    this.readout.textContent = [`step ${steps[i]}`, `loss ${average[i].toPrecision(3)} (this step ${loss[i].toPrecision(3)})`,
       unet && `U-Net rate ${unet}`, text && `text encoder rate ${text}`].filter(Boolean).join(" · ");
     this.canvas.setAttribute("aria-label", `Loss over ${steps.length} steps. ${this.readout.textContent}`);
   }
@@ -136,13 +131,23 @@ function trace(pen, steps, values, x, y) {
   pen.stroke();
 }
 
-function logTicks(low, high) {
-  const found = [];
-  for (let power = Math.floor(low); power <= Math.ceil(high); power++) {
-    for (const part of high - low > 1.6 ? [1] : high - low > 0.7 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 8]) {
-      const value = part * 10 ** power;
-      if (Math.log10(value) >= low && Math.log10(value) <= high) found.push(value);
+// The densest of these divisions of a decade that gives no more ticks than have room.
+const DIVISIONS = [
+  ...[0.1, 0.2, 0.5].map((gap) => Array.from({ length: Math.round(9 / gap) }, (_, i) => 1 + i * gap)),
+  [1, 1.5, 2, 3, 4, 5, 6, 8], [1, 2, 3, 5, 7], [1, 2, 5], [1, 3], [1],
+];
+
+function logTicks(low, high, most) {
+  let found = [];
+  for (const parts of DIVISIONS) {
+    found = [];
+    for (let power = Math.floor(low); power <= Math.ceil(high); power++) {
+      for (const part of parts) {
+        const value = Math.log10(part) + power;
+        if (value >= low && value <= high) found.push(part * 10 ** power);
+      }
     }
+    if (found.length <= most) break;
   }
   return found;
 }

@@ -13,6 +13,8 @@ function make(tag, properties = {}, ...children) {
   return node;
 }
 
+const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+
 const byId = (id) => document.getElementById(id);
 
 // Tabs are built when they are first opened, so a part of the page may come later.

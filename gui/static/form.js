@@ -15,6 +15,7 @@ class Form {
     this.readers = [];
     this.fillers = [];
     this.whenChanged = [];
+    this.resetting = () => {};
     this.style = document.head.appendChild(make("style", { id: "lw-form-state" }));
     this.models = [];
   }
@@ -105,18 +106,21 @@ class Form {
     return Object.entries(p.when).every(([other, values]) => values.includes(this.entries[other]));
   }
 
-  // The parameters whose entry means something else than their default: 1e-4 is 0.0001, and a number
-  // left blank is the default, unless blank has a meaning of its own.
-  changed() {
-    return this.table.filter((p) => {
-      const entry = this.entries[p.key];
-      if (p.kind === "switch") return entry !== p.default;
-      const text = entry.trim(), usual = p.default.trim();
-      if (text === usual) return false;
-      if (p.kind !== "integer" && p.kind !== "number") return true;
-      return text === "" ? p.blank !== null : usual === "" || Number(text) !== Number(usual);
-    });
+  // Whether two entries mean the same: 1e-4 is 0.0001, and a number left blank is the default, unless
+  // blank has a meaning of its own.
+  same(p, one, other) {
+    if (p.kind === "switch") return one === other;
+    const numeric = p.kind === "integer" || p.kind === "number";
+    const [a, b] = [one, other].map((entry) => entry.trim() || (numeric && p.blank === null ? p.default.trim() : ""));
+    return a === b || (numeric && a !== "" && b !== "" && Number(a) === Number(b));
   }
+
+  // The parameters whose entry differs between two forms; what one does not name has its default there.
+  differing(before, after) {
+    return this.table.filter((p) => p.kind !== "secret" && !this.same(p, before[p.key] ?? p.default, after[p.key] ?? p.default));
+  }
+
+  changed() { return this.table.filter((p) => !this.same(p, this.entries[p.key], p.default)); }
 
   paint() {
     const id = (p) => `#field-${p.key}`;
@@ -126,7 +130,7 @@ class Form {
       `#field-${key}{--lw-edge:var(--lw-red)}#field-${key}::after{content:${quoted(message)}}`);
     this.style.textContent = [
       away.length ? `${away.join(",")}{display:none!important}` : "",
-      differs.length ? `${differs.join(",")}{--lw-dot:var(--lw-accent)}` : "",
+      differs.length ? `${differs.map((one) => `${one} .lw-dot`).join(",")}{display:block}` : "",
       ...wrong,
     ].join("\n");
     for (const p of this.table) this.input(p.key)?.toggleAttribute("aria-invalid", this.errors.has(p.key));
@@ -173,15 +177,25 @@ class Form {
       input.setAttribute("aria-description", p.help);
       input.spellcheck = p.kind === "lines";
       input.autocomplete = "off";
-      const help = make("button", { class: "lw-help", type: "button", "aria-label": `Help for ${p.label}` }, "?");
+      // For the mouse and for touch; with the keyboard help opens from the field itself, so that the
+      // way through the form has one stop a field.
+      const help = make("button", { class: "lw-help", type: "button", tabIndex: -1, title: "F1 in the field", "aria-label": `Help for ${p.label}` }, "?");
       const open = () => this.explain(p, help);
       const close = () => { this.tip.hidden = true; };
       help.addEventListener("mouseenter", open);
-      help.addEventListener("focus", open);
       help.addEventListener("click", open);
       help.addEventListener("mouseleave", close);
       help.addEventListener("blur", close);
-      field.append(help);
+      input.setAttribute("aria-keyshortcuts", "F1");
+      input.addEventListener("keydown", (event) => {
+        if (event.key !== "F1") return;
+        event.preventDefault();
+        if (this.tip.hidden) this.explain(p, field); else close();
+      });
+      input.addEventListener("blur", close);
+      const dot = make("button", { class: "lw-dot", type: "button", tabIndex: -1, "aria-label": `Reset ${p.label}`,
+        title: `Changed. Back to the default: ${this.spoken(p.default)}`, onclick: () => this.resetting(p) });
+      field.append(help, dot);
       if (["file", "folder", "model"].includes(p.kind)) {
         field.append(make("button", { class: "lw-browse", type: "button", "aria-label": `Browse for ${p.label}`,
           onclick: () => browse(this, p, this.server) }, "…"));
@@ -193,13 +207,18 @@ class Form {
     this.paintLater ??= requestAnimationFrame(() => { this.paintLater = undefined; this.paint(); });
   }
 
+  // An entry in words.
+  spoken(entry) {
+    if (typeof entry === "boolean") return entry ? "on" : "off";
+    return entry === "" ? "empty" : entry.length > 60 ? `${entry.slice(0, 60)}…` : entry;
+  }
+
   explain(p, at) {
-    const standard = p.kind === "switch" ? (p.default ? "on" : "off") : p.default === "" ? "empty" : p.default;
     const wrong = this.errors.get(p.key);
     this.tip.replaceChildren(
       make("p", {}, p.help),
       wrong ? make("p", { class: "lw-wrong" }, wrong) : "",
-      make("p", { class: "lw-facts" }, p.allowed === "text" ? "" : `${p.allowed} · `, `default: ${standard} · `, make("code", {}, p.key)));
+      make("p", { class: "lw-facts" }, p.allowed === "text" ? "" : `${p.allowed} · `, `default: ${this.spoken(p.default)} · `, make("code", {}, p.key)));
     this.tip.hidden = false;
     const spot = at.getBoundingClientRect(), size = this.tip.getBoundingClientRect();
     const left = Math.min(Math.max(8, spot.right - size.width), innerWidth - size.width - 8);

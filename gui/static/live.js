@@ -1,6 +1,6 @@
 // The live panel: asks for what is new, and shows state, progress, loss, samples and log.
 
-const QUIET_S = 90, KILL_AFTER_S = 60, ETA_FROM_STEP = 30;
+const QUIET_S = 90, KILL_AFTER_S = 60;
 
 class Live {
   constructor(server, form) {
@@ -29,7 +29,7 @@ class Live {
   }
 
   forget(run) {
-    Object.assign(this, { run, events: 0, logAt: 0, state: null, started: null, phase: null, step: null, saved: [], warnings: [], ended: null, answer: null });
+    Object.assign(this, { run, events: 0, logAt: 0, state: null, started: null, phase: null, step: null, saved: [], proofs: new Map(), warnings: [], ended: null, answer: null });
     this.chart.clear();
     this.samples.clear();
     this.log.clear();
@@ -72,6 +72,7 @@ class Live {
     this.logAt = answer.log;
     for (const key of ["started", "phase", "step", "ended"]) if (answer[key]) this[key] = answer[key];
     this.saved.push(...answer.saved);
+    for (const proof of answer.verified) this.proofs.set(proof.path, proof);
     this.warnings.push(...answer.warnings);
     this.chart.add(answer.points);
     if (this.samples.add(answer.samples)) this.chart.samples = this.samples.steps();
@@ -113,17 +114,16 @@ class Live {
 
     const quiet = now - answer.last_event;
     const alive = ["starting", "running", "stopping"].includes(state);
-    let look = state, short = state, sentence = "";
+    let look = state, short = state, sentence = "", figures = [];
     if (state === "starting") {
       short = `starting · ${doing || "launching the trainer"}`;
       sentence = this.started ? this.outline() : "";
     } else if (state === "running") {
-      const parts = [`${step.step}/${total}`, `epoch ${step.epoch}/${step.epochs}`];
-      if (step.steps_per_s > 0) parts.push(step.steps_per_s >= 1 ? `${step.steps_per_s.toFixed(1)} it/s` : `${(1 / step.steps_per_s).toFixed(1)} s/it`);
-      const eta = step.steps_per_s > 0 && step.step - (this.started?.first_step || 1) + 1 >= ETA_FROM_STEP ? (total - step.step) / step.steps_per_s : null;
-      if (eta !== null) parts.push(`ETA ${duration(eta)}`);
-      if (step.memory_bytes) parts.push(`${(step.memory_bytes / 2 ** 30).toFixed(1)} GB`);
-      short = `running ${parts.join(" · ")}`;
+      short = `running ${step.step}/${total}`;
+      figures.push(`epoch ${step.epoch}/${step.epochs}`);
+      if (step.steps_per_s > 0) figures.push(step.steps_per_s >= 1 ? `${step.steps_per_s.toFixed(1)} it/s` : `${(1 / step.steps_per_s).toFixed(1)} s/it`);
+      if ((step.seconds_left ?? null) !== null) figures.push(`ETA ${duration(Math.max(0, step.seconds_left - (now - step.time)))}`);
+      if (step.memory_bytes) figures.push(`${(step.memory_bytes / 2 ** 30).toFixed(1)} GB`);
       sentence = doing ? `Now: ${doing}` : this.outline();
     } else if (state === "stopping") {
       short = step ? `stopping · saving at step ${step.step}` : "stopping";
@@ -139,7 +139,7 @@ class Live {
       look = "quiet";
       sentence = `No sign of life for ${duration(quiet)}${doing ? `, in: ${doing}` : step ? `, after step ${step.step}` : ""}. Large models can take that long; the log may tell.`;
     }
-    this.pill(look, short);
+    this.pill(look, short, figures);
     this.announce(look === "quiet" ? "no sign of life" : state);
     this.say(sentence);
     this.progress(working && state === "starting" ? working.done : step?.step || 0, working && state === "starting" ? working.total : total, alive);
@@ -156,8 +156,11 @@ class Live {
     return s ? `${s.images} image${s.images === 1 ? "" : "s"} · ${s.family} · ${s.device} · ${s.precision} · seed ${s.seed}` : "";
   }
 
-  pill(look, text) {
-    const pill = byId("lw-pill");
+  // What is between two figures is where a narrow panel may break the line.
+  pill(look, text, figures = []) {
+    const pill = byId("lw-pill"), beside = byId("lw-figures");
+    const said = figures.map((figure) => figure.replaceAll(" ", "\u00a0")).join(" · ");
+    if (beside.textContent !== said) beside.textContent = said;
     pill.dataset.state = look;
     if (pill.textContent === text) return;
     pill.textContent = text;
@@ -217,14 +220,32 @@ class Live {
   files() {
     const node = byId("lw-saved");
     const ready = this.saved.filter((s) => s.what !== "state");
-    if (node.dataset.count === `${this.run}:${ready.length}`) return;
-    node.dataset.count = `${this.run}:${ready.length}`;
+    const count = `${this.run}:${ready.length}:${this.proofs.size}`;
+    if (node.dataset.count === count) return;
+    node.dataset.count = count;
     const latest = ready.slice(-6).reverse();
     const name = (path) => path.split(/[\\/]/).pop();
     node.replaceChildren(...latest.map((s) =>
       make("button", { class: `lw-button ${s.what === "final" ? "lw-primary" : ""}`, type: "button", title: s.path,
-        onclick: () => this.told(this.download(name(s.path))) }, `↓ ${name(s.path)}`)));
+        onclick: () => this.told(this.download(name(s.path))) }, `↓ ${name(s.path)}${this.mark(s.path)}`)));
     if (ready.length > latest.length) node.append(make("span", { class: "lw-facts" }, `and ${ready.length - latest.length} earlier`));
+    const proof = latest.length ? this.proofs.get(latest[0].path) : null;
+    if (proof) node.append(this.proof(proof));
+  }
+
+  mark(path) {
+    const proof = this.proofs.get(path);
+    return proof ? (proof.problems.length ? " ✗" : " ✓") : "";
+  }
+
+  // What reading the newest file back has shown: a sentence, and behind it all that was proved.
+  proof(proof) {
+    const bad = proof.problems.length > 0;
+    const whole = proof.loads_in.length ? `✓ loads in ${proof.loads_in.join(", ")}` : "✓ whole, but no other program is known to load it";
+    const others = Object.entries(proof.passed_over).map(([program, why]) => `${program} ${why}.`);
+    return make("details", { class: `lw-proof ${bad ? "lw-bad" : ""}` },
+      make("summary", {}, bad ? `✗ ${proof.problems.join(" ")}` : whole),
+      make("ul", {}, ...[...proof.checks.map((check) => `✓ ${check}`), ...proof.warnings, ...others].map((line) => make("li", {}, line))));
   }
 
   // An order that fails is told, not lost.

@@ -72,7 +72,7 @@ def test_a_change_survives_a_reload_and_is_marked(server, visit):
     page.wait_for_selector("#lw-changed >> text=2 changed")
     wait_drafted(page)
     dots = page.evaluate(
-        "[...document.querySelectorAll('.field')].filter(f => getComputedStyle(f).getPropertyValue('--lw-dot')).map(f => f.id)"
+        "[...document.querySelectorAll('.lw-dot')].filter(dot => dot.offsetParent).map(dot => dot.parentElement.id)"
     )
     assert dots == ["field-cache_latents", "field-network_dim"]
     page.reload()
@@ -140,10 +140,113 @@ def test_help_opens_by_keyboard_and_by_mouse(server, visit):
     page.mouse.move(5, 700)
     tip.wait_for(state="hidden")
     page.get_by_label("VAE", exact=True).focus()
-    page.keyboard.press("Tab")
+    page.keyboard.press("F1")
     assert "Another VAE" in tip.inner_text()
     page.keyboard.press("Escape")
     tip.wait_for(state="hidden")
+
+
+def test_the_keyboard_stops_once_at_a_field(server, visit):
+    page = visit(server)
+    page.locator("#field-metadata_author input").focus()
+    for key in ("metadata_description", "metadata_license", "metadata_tags"):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.closest('.field').id") == f"field-{key}"
+
+
+def test_a_parameter_is_found_by_its_label_its_key_and_its_help(server, visit):
+    page = visit(server)
+    page.keyboard.press("Control+K")
+    found = page.get_by_role("listbox", name="Parameters found").get_by_role("option")
+    for words, first in (
+        ("network rank", "Network Rank (Dimension)"),
+        ("lr_warmup", "LR warmup"),
+        ("linocut or no such thing", "Nothing found."),
+        ("forget intermediate", "Gradient checkpointing"),
+    ):
+        page.keyboard.type(words)
+        page.wait_for_function(
+            "first => document.querySelector('#lw-found li')?.textContent.startsWith(first)", arg=first
+        )
+        page.keyboard.press("Escape")
+        found.first.wait_for(state="detached")
+    page.keyboard.type("noise")
+    page.keyboard.press("ArrowDown")
+    key = page.locator("#lw-found [aria-selected=true] code").inner_text()
+    assert key.startswith("noise_") and key != page.locator("#lw-found li code").first.inner_text()
+    page.keyboard.press("Enter")
+    page.wait_for_function("key => document.activeElement.closest('.field')?.id === `field-${key}`", arg=key)
+    assert found.count() == 0
+
+
+def test_a_changed_field_goes_back_to_its_default_by_its_dot_and_comes_back_by_undo(server, visit):
+    page = visit(server)
+    open_tab(page, "Parameters")
+    assert page.get_by_role("button", name="Reset Network Rank").is_hidden()
+    set_text(page, "network_dim", "32")
+    page.get_by_label("Cache latents", exact=True).uncheck()
+    page.wait_for_selector("#lw-changed >> text=2 changed")
+    page.locator("#field-network_dim").get_by_role("button", name="Reset Network Rank").click()
+    page.wait_for_selector("#lw-changed >> text=1 changed")
+    assert shown(page, "network_dim") == "8"
+    page.get_by_role("button", name="Undo").click()
+    page.wait_for_selector("#lw-changed >> text=2 changed")
+    assert shown(page, "network_dim") == "32"
+    # By keyboard it is in the list of what is changed.
+    page.locator("#lw-changed").click()
+    page.locator("#lw-banner").get_by_role("button", name="Reset Cache latents").press("Enter")
+    page.wait_for_selector("#lw-changed >> text=1 changed")
+    assert page.get_by_label("Cache latents", exact=True).is_checked()
+
+
+def test_what_a_preset_would_change_is_told_before_it_is_loaded(server, visit):
+    put_preset(server, "mine", {"network_dim": 32, "learning_rate": "1e-4", "cache_latents": False, "epoch": ""})
+    page = visit(server)
+    page.select_option("#lw-preset", "own/mine")
+    page.get_by_role("button", name="Diff").click()
+    page.wait_for_selector("#lw-banner >> text=“mine” would change 2 parameters")
+    lines = page.locator("#lw-banner li").all_inner_texts()
+    assert [line.strip() for line in lines] == ["Cache latents on → off", "Network Rank (Dimension) 8 → 32"]
+    assert page.inner_text("#lw-changed") == "all default"
+    page.get_by_role("button", name="Load it").click()
+    page.wait_for_selector("#lw-changed >> text=2 changed")
+    page.get_by_role("button", name="Diff").click()
+    page.wait_for_selector("#lw-banner >> text=“mine” is what the form shows")
+
+
+def test_what_changed_since_the_last_run_is_told_and_can_be_taken_back(server, visit):
+    run = server.runs / "20260101-000000-last"
+    run.mkdir()
+    (run / "config.json").write_text('{"network_dim": 16}')
+    page = visit(server)
+    open_tab(page, "Parameters")
+    set_text(page, "epoch", "3")
+    page.wait_for_selector("#lw-changed >> text=1 changed")
+    page.locator("#lw-changed").click()
+    page.get_by_role("button", name="Since the last run").click()
+    page.wait_for_selector(f"#lw-banner >> text=Changed since {run.name}")
+    lines = page.locator("#lw-banner li").all_inner_texts()
+    assert [line.strip() for line in lines] == ["Epoch 1 → 3", "Network Rank (Dimension) 16 → 8"]
+    page.get_by_role("button", name="Back to its settings").click()
+    page.wait_for_function("document.querySelector('#field-network_dim input').value === '16'")
+    assert shown(page, "epoch") == "1"
+
+
+def test_the_preset_is_no_longer_named_when_the_form_was_filled_with_something_else(server, visit):
+    put_preset(server, "mine", {"network_dim": 32})
+    page = visit(server)
+    load(page, "mine")
+    open_tab(page, "Config (JSON)")
+    page.get_by_label("Settings as JSON").fill('{"network_dim": 12}')
+    page.get_by_role("button", name="Apply").click()
+    page.wait_for_selector("#lw-banner >> text=The form shows what the JSON says")
+    assert page.locator("#lw-preset").input_value() == ""
+    assert page.get_by_role("button", name="Load", exact=True).is_disabled()
+    page.reload()
+    wait_ready(page)
+    assert page.locator("#lw-preset").input_value() == ""
+    load(page, "mine")
+    assert page.locator("#lw-preset").input_value() == "own/mine"
 
 
 def test_leaving_a_dropdown_by_tab_closes_its_list(server, visit):

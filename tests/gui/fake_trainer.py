@@ -58,8 +58,11 @@ def train(path: Path, folder: Path) -> int:
     offset = 0
     for step in range(1, total + 1):
         time.sleep(pause)
-        loss = 0.1 + 0.3 * math.exp(-step / 40) + 0.03 * math.sin(step * 12.9)
-        events.emit(Step(step, total, 1 + step // 8, 10, loss, 1e-4, 5e-5, 1 / (pause + 0.001), 3 * 2**30))
+        average = 0.1 + 0.3 * math.exp(-step / 40)
+        loss = average + 0.03 * math.sin(step * 12.9)
+        left = (total - step) * pause if step >= 10 else None
+        speed, memory = 1 / (pause + 0.001), 3 * 2**30
+        events.emit(Step(step, total, 1 + step // 8, 10, loss, average, 1e-4, 5e-5, speed, left, memory))
         if step == total // 2:
             for word in words:
                 if word == "crash":

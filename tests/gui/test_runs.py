@@ -163,7 +163,7 @@ def quiet_run(tmp_path):
 
 
 def step(n):
-    return Step(n, 5000, 1, 1, 0.5, 1e-4, None, 2.0, 0)
+    return Step(n, 5000, 1, 1, 0.5, 0.4, 1e-4, None, 2.0, None, 0)
 
 
 def test_poll_returns_only_what_is_new(quiet_run, tmp_path):
@@ -171,7 +171,7 @@ def test_poll_returns_only_what_is_new(quiet_run, tmp_path):
     events = EventLog(quiet_run.events)
     events.emit(step(1))
     first = live.poll(shelf, {"run": name, "follow": "", "events": 0, "log": 0})
-    assert first["points"] == [[1, 0.5, 1e-4, None]]
+    assert first["points"] == [[1, 0.5, 0.4, 1e-4, None]]
     events.emit(step(2))
     events.emit(Phase("saving", 1, 2))
     second = live.poll(shelf, {"run": name, "follow": "", "events": first["events"], "log": 0})
@@ -199,7 +199,9 @@ def test_half_a_line_waits_and_a_broken_one_is_passed_over(quiet_run, tmp_path):
     answer = live.poll(Runs(tmp_path, ROOT, FAKE), {"run": quiet_run.folder.name, "follow": "", "events": 0})
     assert answer["phase"]["name"] == "a" and answer["points"] == []
     with quiet_run.events.open("ab") as file:
-        file.write(b'ep", "time": 2, "step": 1, "loss": 1, "unet_lr": null, "text_encoder_lr": null}\n')
+        file.write(
+            b'ep", "time": 2, "step": 1, "loss": 1, "average_loss": 1, "unet_lr": null, "text_encoder_lr": null}\n'
+        )
     answer = live.poll(
         Runs(tmp_path, ROOT, FAKE), {"run": quiet_run.folder.name, "follow": "", "events": answer["events"]}
     )

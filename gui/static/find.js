@@ -1,0 +1,81 @@
+// Finding a parameter by its label, its key, or a word of its help.
+
+const MOST_FOUND = 12;
+
+class Finder {
+  constructor(form) {
+    this.form = form;
+    this.box = byId("lw-find");
+    this.list = byId("lw-found");
+    this.box.addEventListener("input", () => this.show());
+    this.box.addEventListener("focus", () => this.show());
+    this.box.addEventListener("blur", () => this.close());
+    this.box.addEventListener("keydown", (event) => this.key(event));
+    document.addEventListener("keydown", (event) => {
+      if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") { event.preventDefault(); this.box.focus(); this.box.select(); }
+    });
+  }
+
+  // All words must be there. Best first: what begins with the text, has it in its label, its key, its help.
+  find(text) {
+    const wanted = text.trim().toLowerCase(), words = wanted.split(/\s+/);
+    if (!wanted) return [];
+    const rank = (p) => {
+      const label = p.label.toLowerCase(), within = (place) => words.every((word) => place.includes(word));
+      if (label.startsWith(wanted) || p.key.startsWith(wanted)) return 0;
+      if (within(label)) return 1;
+      if (within(p.key.toLowerCase())) return 2;
+      return within(`${label} ${p.key} ${p.help}`.toLowerCase()) ? 3 : 4;
+    };
+    return this.form.table.map((p) => [rank(p), p]).filter(([r]) => r < 4).sort(([a], [b]) => a - b).map(([, p]) => p);
+  }
+
+  show() {
+    this.found = this.find(this.box.value);
+    this.at = this.found.length ? 0 : -1;
+    const more = this.found.length - MOST_FOUND;
+    this.found = this.found.slice(0, MOST_FOUND);
+    const place = (p) => (p.tab === p.section ? p.tab : `${p.tab} › ${p.section}`);
+    this.list.replaceChildren(
+      ...this.found.map((p, i) => make("li", { id: `lw-found-${i}`, role: "option", onmousedown: (event) => { event.preventDefault(); this.take(p); } },
+        make("b", {}, p.label), " ", make("code", {}, p.key), make("span", { class: "lw-facts" }, place(p)))),
+      ...(this.box.value.trim() && !this.found.length ? [make("li", { class: "lw-facts", role: "option", "aria-disabled": "true" }, "Nothing found.")] : []),
+      ...(more > 0 ? [make("li", { class: "lw-facts", role: "option", "aria-disabled": "true" }, `and ${more} more`)] : []));
+    this.list.hidden = !this.list.childElementCount;
+    this.box.setAttribute("aria-expanded", String(!this.list.hidden));
+    this.mark();
+  }
+
+  mark() {
+    [...this.list.children].forEach((line, i) => line.setAttribute("aria-selected", String(i === this.at)));
+    if (this.at < 0) this.box.removeAttribute("aria-activedescendant");
+    else this.box.setAttribute("aria-activedescendant", `lw-found-${this.at}`);
+    this.list.children[this.at]?.scrollIntoView({ block: "nearest" });
+  }
+
+  close() {
+    this.list.hidden = true;
+    this.box.setAttribute("aria-expanded", "false");
+    this.box.removeAttribute("aria-activedescendant");
+  }
+
+  key(event) {
+    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    if (step && this.found?.length) {
+      this.at = (this.at + step + this.found.length) % this.found.length;
+      this.mark();
+    } else if (event.key === "Enter" && this.found?.[this.at]) {
+      this.take(this.found[this.at]);
+    } else if (event.key === "Escape") {
+      this.box.value = "";
+      this.show();
+    } else return;
+    event.preventDefault();
+  }
+
+  take(p) {
+    this.box.value = "";
+    this.close();
+    this.form.focus(p.key);
+  }
+}
