@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.errors import ModelError
-from trainer.models import layout
+from trainer.models import layout, pickled
 from trainer.models.facts import FAMILIES, Family
 from trainer.paths import absent, base_model, resolve, shown
 from trainer.tensorfile import Header, TensorInfo, header
@@ -68,7 +68,7 @@ def detect(path: Path) -> Found:
 
 
 def _file(path: Path) -> Found:
-    head = header(path)
+    head = _header(path)
     tensors = head.tensors
     what = other_than_a_base_model(tensors)
     if what:
@@ -89,6 +89,10 @@ def _file(path: Path) -> Found:
         _require_all_tensors(path, FAMILIES[name], tensors, configs)
     width = _width(tensors)
     return Found(name, prediction, "single file", what, width, _vae_channels(tensors), zero_terminal_snr)
+
+
+def _header(path: Path) -> Header:
+    return pickled.header(path) if path.suffix.lower() in pickled.ENDINGS else header(path)
 
 
 def _family(tensors: Tensors) -> tuple[str, str]:
@@ -363,7 +367,7 @@ def check_vae(text: str, base: Found | None = None) -> None:
             header(file)
         channels = config["latent_channels"]
     else:
-        tensors = header(path).tensors
+        tensors = _header(path).tensors
         first = next(
             (n for n in ("first_stage_model.decoder.conv_in.weight", "decoder.conv_in.weight") if n in tensors), ""
         )

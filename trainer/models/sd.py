@@ -75,7 +75,7 @@ class StableDiffusion:
             with weights.opened(path) as file:
                 configs |= json.loads(file.header.metadata.get("config", "{}"))
                 modules = empty(family, configs)
-                for part, names in layout.tables(family, configs, file.keys()).items():
+                for part, names in layout.tables(family, configs, file.header.tensors).items():
                     if part != "vae" or not vae:
                         weights.fill(modules[part], names, file, vae_dtype if part == "vae" else dtype, device, path)
         if vae:
@@ -204,7 +204,7 @@ def load_vae(path: Path, config: dict[str, Any], dtype: torch.dtype, device: tor
     vae = weights.build(lambda: AutoencoderKL(**config))
     with weights.opened(path) as file:
         names = layout.vae_names(config)
-        keys = set(file.keys())
+        keys = set(file.header.tensors)
         if "first_stage_model.encoder.conv_in.weight" not in keys:
             names = {theirs.removeprefix("first_stage_model."): ours for theirs, ours in names.items()}
         if "encoder.down_blocks.0.resnets.0.norm1.weight" in keys:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from accelerate import init_empty_weights
 
 from trainer.errors import ModelError
-from trainer.models import layout
+from trainer.models import layout, pickled
 from trainer.paths import shown
 from trainer.tensorfile import header
 
@@ -28,14 +27,6 @@ DTYPES = {
 }
 
 
-class Tensors(Protocol):
-    """An open file of tensors by name."""
-
-    def keys(self) -> Any: ...
-
-    def get_tensor(self, name: str) -> torch.Tensor: ...
-
-
 class Safetensors:
     """A .safetensors file that is read, not mapped: pages of a mapped file count as this process's memory."""
 
@@ -43,34 +34,49 @@ class Safetensors:
         self.header = header(path)
         self._path, self._file = path, path.open("rb")
 
-    def keys(self) -> Any:
-        return self.header.tensors.keys()
-
     def get_tensor(self, name: str) -> torch.Tensor:
         info = self.header.tensors[name]
-        if info.dtype not in DTYPES:
-            raise ModelError(
-                f'"{shown(self._path)}": {name} is stored as {info.dtype}, which no weight can be.',
-                "The file is quantised for another program; choose the fp16 or fp32 version.",
-            )
         content = torch.empty(info.size, dtype=torch.uint8)
         self._file.seek(self.header.data_begin + info.begin)
         if self._file.readinto(memoryview(content.numpy())) != info.size:
             raise ModelError(f'"{shown(self._path)}" ends within {name}.', "Fetch the file again.")
-        return content.view(DTYPES[info.dtype]).view(info.shape)
+        return content.view(dtype_of(self._path, name, info.dtype)).view(info.shape)
 
     def close(self) -> None:
         self._file.close()
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Tensors]:
-    """A file of tensors, open inside a with block."""
-    file = Safetensors(path)
-    try:
-        yield file
-    finally:
-        file.close()
+class Pickled:
+    """A PyTorch checkpoint, read storage by storage."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._path = pickled.Checkpoint(path), path
+        self.header = self._file.header
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        tensor = self._file.tensors[name]
+        content = torch.empty(self._file.size_of(tensor.storage), dtype=torch.uint8)
+        self._file.read_into(memoryview(content.numpy()), tensor.storage)
+        whole = content.view(dtype_of(self._path, name, tensor.storage.dtype))
+        return whole.as_strided(tensor.shape, tensor.stride, tensor.offset)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def opened(path: Path) -> closing[Safetensors] | closing[Pickled]:
+    """A file of tensors, open inside a with block. Only one called .ckpt or .pt is read as PyTorch's checkpoint."""
+    return closing(Pickled(path)) if path.suffix.lower() in pickled.ENDINGS else closing(Safetensors(path))
+
+
+def dtype_of(path: Path, name: str, code: str) -> torch.dtype:
+    """The dtype by safetensors' name for it. Raises ModelError for one that no weight can be."""
+    if code not in DTYPES:
+        raise ModelError(
+            f'"{shown(path)}": {name} is stored as {code}, which no weight can be.',
+            "The file is quantised for another program; choose the fp16 or fp32 version.",
+        )
+    return DTYPES[code]
 
 
 def build(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
@@ -82,7 +88,7 @@ def build(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
 def fill(
     module: torch.nn.Module,
     names: layout.Names,
-    file: Tensors,
+    file: Safetensors | Pickled,
     dtype: torch.dtype,
     device: torch.device,
     path: Path,
@@ -93,7 +99,7 @@ def fill(
     shape (1×1 convolutions of the original layout that are linear in diffusers) is reshaped.
     Raises ModelError naming what is missing or misshapen.
     """
-    present = set(file.keys())
+    present = file.header.tensors
     wanted = dict(module.named_parameters())
     missing = [name for name in names if name not in present]
     if missing:
@@ -122,7 +128,7 @@ def fill_from_folder(module: torch.nn.Module, folder: Path, dtype: torch.dtype, 
     with ExitStack() as stack:
         for shard in shards:
             file = stack.enter_context(opened(shard))
-            for name in file.keys():  # noqa: SIM118 (no dict)
+            for name in file.header.tensors:
                 ours = name if name in wanted else name.removeprefix("text_model.")
                 if ours in wanted:
                     state[ours] = file.get_tensor(name).to(device, dtype)
