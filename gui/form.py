@@ -54,7 +54,10 @@ def group(parameter: Parameter) -> type[BaseModel]:
 
 def held(parameter: Parameter, entry: Any) -> Any:
     """What a preset holds for what the widget shows."""
-    if parameter.kind not in ("integer", "number") or not isinstance(entry, str):
+    numeric = parameter.kind in ("integer", "number") or (
+        parameter.kind == "choice" and isinstance(parameter.default, int)
+    )
+    if not numeric or not isinstance(entry, str):
         return entry
     text = entry.strip()
     if not NUMBER.fullmatch(text):

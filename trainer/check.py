@@ -20,17 +20,19 @@ from trainer.data.folders import Picture
 from trainer.errors import ConfigError, DataError, LorawrightError, Problem
 from trainer.kohya import Note, Preset
 from trainer.length import Length
+from trainer.lora.recognise import Lora, recognise
 from trainer.models import families
-from trainer.models.families import Found, Lora
+from trainer.models.facts import FAMILIES
+from trainer.models.families import Found
 from trainer.paths import resolve, shown
 from trainer.prompts import parse as parse_prompts
 from trainer.run import EXIT_CONFIG, EXIT_DONE
 from trainer.schema import PARAMETERS, Config, problem_with, read
-from trainer.schema.algorithms import USES
+from trainer.schema.algorithms import MATRICES, TYPES, USES
 from trainer.schema.rules import conflicts, text_encoder_rate, unet_rate
 
 # The LoRA types whose files hold up and down matrices, so that one can go on from another's.
-UP_AND_DOWN = ("Standard", "Kohya LoCon", "LyCORIS/LoCon")
+UP_AND_DOWN = tuple(label for label, row in TYPES.items() if row.mark == MATRICES)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _lines(checked: Checked) -> Iterator[str]:
         yield (
             f"Ready: {summary.images} images{beside}, {summary.repeats} seen in an epoch, in {len(summary.buckets)} "
             f"bucket(s); {summary.total_steps} steps in {summary.epochs} epoch(s) of {summary.batches_per_epoch} "
-            f"batches; {families.SUPPORTED.get(summary.family or '', summary.family)}."
+            f"batches; {FAMILIES[summary.family].title if summary.family else 'no base model'}."
         )
 
 
@@ -150,11 +152,14 @@ def _model(config: Config) -> tuple[Found | None, list[Problem]]:
             )
         )
     the_model = f"but {PARAMETERS[key].label} ({key}) is {found.what}"
-    for name, family in (("v2", "sd2"), ("sdxl", "sdxl")):
-        if getattr(config.model, name) and found.family != family:
-            wrong.append(problem_with(name, f"is on, {the_model}. Switch it off, or choose another model."))
+    for family in FAMILIES.values():
+        on = bool(family.switch) and getattr(config.model, family.switch)
+        if on and found.family != family.name:
+            wrong.append(problem_with(family.switch, f"is on, {the_model}. Switch it off, or choose another model."))
+        elif family.switch and not on and found.family == family.name:
+            wrong.append(problem_with(family.switch, f"is off, {the_model}. Switch it on."))
     predicts_velocity = found.prediction == "v_prediction"
-    if config.model.v_parameterization and not predicts_velocity:
+    if config.model.v_parameterization and found.prediction == "epsilon":
         wrong.append(
             problem_with(
                 "v_parameterization",
@@ -167,6 +172,11 @@ def _model(config: Config) -> tuple[Found | None, list[Problem]]:
                 "v_parameterization", f"is off, {the_model} that predicts velocity by its own word. Switch it on."
             )
         )
+    if found.zero_terminal_snr != config.objective.zero_terminal_snr:
+        state, advice = ("off", "Switch it on") if found.zero_terminal_snr else ("on", "Switch it off unless it was")
+        word = "says" if found.zero_terminal_snr else "does not say"
+        message = f"is {state}, {the_model} that {word} that it was trained with it. {advice}."
+        wrong.append(problem_with("zero_terminal_snr", message, "warning"))
     return found, wrong
 
 
@@ -183,7 +193,7 @@ def _network_weights(config: Config, model: Found | None) -> Iterator[Problem]:
     if not network.weights:
         return
     try:
-        lora = families.read_lora(network.weights)
+        lora = recognise(network.weights)
     except LorawrightError as error:
         yield problem_with(key, error)
         return
@@ -201,6 +211,12 @@ def _network_weights(config: Config, model: Found | None) -> Iterator[Problem]:
             f"{network.type} is chosen. Choose the file's, or another file.",
         )
         return
+    if network.dim_from_weights and (uneven := {r for r in lora.ranks | lora.conv_ranks if r % network.unit}):
+        yield problem_with(
+            "unit",
+            f'{network.unit} does not divide rank {min(uneven)}, which "{shown(network.weights)}" has (network_weights), '
+            "and whole units of ranks are trained. Choose a number that does: 1 always does.",
+        )
     if not (network.dim_from_weights or lora.type or network.type.startswith("LyCORIS/")):
         yield from _convolutions(config, lora)
     if not network.dim_from_weights and config.blocks.ranks is None and lora.ranks - {network.rank}:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from trainer.errors import ConfigError, Problem
+from trainer.run import write_whole
 from trainer.schema import PARAMETERS
 from trainer.schema.overrides import KEY, SECRET, from_command_line, with_additional
 
@@ -22,6 +22,7 @@ OLDER_KEYS = {
     "lora_network_weights": "network_weights",
     "conv_dims": "conv_block_dims",
     "conv_alphas": "conv_block_alphas",
+    "no_half_vae": "sdxl_no_half_vae",
     "stop_text_encoder_training_pct": "stop_text_encoder_training",
     "use_wandb": "log_with",
     "wandb": "log_with",
@@ -40,13 +41,8 @@ DESCRIPTION = "description"
 
 # Known to kohya_ss and not supported (yet); beside each the values at which it changes nothing.
 PENDING: dict[str, tuple[Any, ...]] = {
-    "fp8_base": (),
     "log_tracker_config": (),
     "lr_scheduler_type": (),
-    "sdxl_cache_text_encoder_outputs": (),
-    "sdxl_no_half_vae": (True,),
-    "train_norm": (),
-    "unit": (1,),
 }
 _OFF: tuple[Any, ...] = (False, 0, "", None, "0", "0.0", "False")
 
@@ -166,6 +162,4 @@ def save(path: Path, values: Mapping[str, Any], kept: Mapping[str, Any]) -> None
     """Write a preset whole or not at all. Secrets are left out."""
     flat = {k: v for k, v in {**kept, **values}.items() if k not in SECRET}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(flat, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, (json.dumps(flat, indent=2, ensure_ascii=False) + "\n").encode())

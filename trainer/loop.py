@@ -7,18 +7,21 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from trainer import checkpoint, objective, optim, state
+from trainer.data import cache, texts
 from trainer.data.feed import Batch
 from trainer.errors import Stopped, TrainingError
 from trainer.events import Ended, Phase, Saved, Step, Warned
 from trainer.forecast import Forecast
-from trainer.pictures import draw_samples
+from trainer.lora.verifying import Expected, verify
+from trainer.pictures import draw_comparison, draw_samples
 from trainer.prepare import Session, memory_bytes
-from trainer.randomness import set_torch_to
+from trainer.randomness import generator_at, set_torch_to
 from trainer.retention import Due
 
 log = logging.getLogger(__name__)
@@ -39,7 +42,7 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
             "pictures": [step for step in steps if samples_due(s, step, set())],
         }
     )
-    if s.prompts and (s.config.samples.every_n_steps or s.config.samples.every_n_epochs):
+    if draws_samples(s):
         with forecast.pause("pictures", 0), optim.averaged(s.optimizer):
             draw_samples(s, s.first_step - 1)
     s.emit(Phase("training", s.first_step - 1, s.length.total_steps))
@@ -62,12 +65,18 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
                     with forecast.pause("files", step):
                         path = save(s, step, due)
                 if pictures:
-                    with forecast.pause("pictures", step), suppress(Stopped):  # asked for while drawing; the next step finds it again
+                    with (
+                        forecast.pause("pictures", step),
+                        suppress(Stopped),
+                    ):  # asked for while drawing; the next step finds it again
                         draw_samples(s, step)
             report.resume()
         if "stop" in asked:
             break
     report.flush()
+    if step == s.length.total_steps and draws_samples(s):
+        with optim.averaged(s.optimizer), suppress(Stopped):
+            draw_comparison(s, step)
     s.network.detach()
     s.trackers.close()
     s.accelerator.end_training()
@@ -97,6 +106,11 @@ def state_due(s: Session, step: int, asked: set[str]) -> bool:
     return s.config.saving.state or (s.config.saving.state_at_end and ends)
 
 
+def draws_samples(s: Session) -> bool:
+    """Whether pictures are drawn in this training without being asked for."""
+    return bool(s.prompts) and bool(s.config.samples.every_n_steps or s.config.samples.every_n_epochs)
+
+
 def samples_due(s: Session, step: int, asked: set[str]) -> bool:
     """Whether pictures are to be drawn after a step; a stop does not wait for them."""
     settings, epoch = s.config.samples, epoch_ended(s, step)
@@ -120,6 +134,7 @@ def take_step(s: Session, step: int, batches: Iterator[Batch]) -> tuple[torch.Te
     if stops_text_encoder(s, step):
         for parameter in s.network.parameters_of("text_encoder"):
             parameter.requires_grad_(False)
+    s.network.draw(generator_at(s.seed, "unit", step).random())
     numbers = s.length.batches_of(step)
     total = torch.zeros((), device=s.accelerator.device)
     for number in numbers:
@@ -142,19 +157,21 @@ def take_step(s: Session, step: int, batches: Iterator[Batch]) -> tuple[torch.Te
 def batch_loss(s: Session, batch: Batch) -> torch.Tensor:
     """The mean loss of a batch under torch's present random state."""
     device, settings, schedule = s.accelerator.device, s.config.objective, s.model.schedule
-    captions = s.config.captions
     if batch.latents is not None:
         latents = batch.latents.to(device)
     else:
         assert batch.pixels is not None
-        latents = s.model.encode(batch.pixels)
-    with nullcontext() if any(p.requires_grad for p in s.network.parameters_of("text_encoder")) else torch.no_grad():
-        tokens = s.model.tokens(batch.captions, weighted=captions.weighted, padded=not captions.no_padding)
-        states = s.model.text_states(tokens)
+        latents = cache.encode(s.model, batch.pixels, batch.names)
+    if s.captions:
+        text = s.captions.of(batch.captions, device)
+    else:
+        trained = any(p.requires_grad for p in s.network.parameters_of("text_encoder"))
+        with nullcontext() if trained else torch.no_grad():
+            text = texts.answer(s.model, batch.captions, s.config.captions)
     noise = objective.noise_like(latents, settings)
     timesteps = objective.draw_timesteps(len(latents), schedule, settings)
     noisy = schedule.add_noise(latents, objective.perturbed(noise, settings), timesteps)
-    prediction = s.model.predict(noisy, timesteps, states)
+    prediction = s.model.predict(noisy, timesteps, text, batch.sizes.to(device))
     wanted = objective.target(latents, noise, timesteps, schedule)
     weights = batch.weights.to(device)
     masks = None if batch.masks is None else batch.masks.to(device)
@@ -179,11 +196,23 @@ def save(s: Session, step: int, due: Due) -> str:
     log.info("saved %s", path)
     is_last = step == s.length.total_steps
     s.emit(Saved(str(path), step, epoch, "final" if is_last else "intermediate"))
+    prove(s, path, step)
     s.retention.wrote(due, path)
     if is_last and divides(s.config.saving.every_n_steps, step):
         s.retention.tidy("step", step)
     s.emit(Phase("training", step, s.length.total_steps))
     return str(path)
+
+
+def prove(s: Session, path: Path, step: int) -> None:
+    """Read a file that was just written, and tell whether it holds what was trained and who can load it."""
+    trained = Expected(s.network.tensors(), s.config.saving.precision, s.model.family.name, step)
+    verified = verify(path, trained)
+    s.emit(verified)
+    if verified.problems:
+        hint = "Training goes on; do not rely on this file."
+        s.emit(Warned(f'"{path.name}" was read back: {" ".join(verified.problems)}', hint))
+    log.info("verified %s: %s", path.name, "; ".join(verified.problems) or f"loads in {', '.join(verified.loads_in)}")
 
 
 def save_state(s: Session, step: int, due: Due) -> None:

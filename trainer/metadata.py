@@ -22,33 +22,19 @@ from trainer.data.buckets import Placement
 from trainer.data.captions import tag_frequency
 from trainer.data.folders import Dataset
 from trainer.length import Length
+from trainer.models.facts import Family
 from trainer.optim import warmup_steps
 from trainer.paths import base_model, resolve
 from trainer.schema import Config
-from trainer.schema.algorithms import USES
+from trainer.schema.algorithms import TYPES, USES
 from trainer.schema.model import Saving
 from trainer.schema.rules import text_encoder_rate, unet_rate
 
-BASE_VERSIONS = {"sd1": "sd_v1"}
-ARCHITECTURES = {"sd1": "stable-diffusion-v1"}
-LYCORIS_NAMES = {
-    "LyCORIS/LoCon": "locon",
-    "LyCORIS/LoHa": "loha",
-    "LyCORIS/LoKr": "lokr",
-    "LyCORIS/iA3": "ia3",
-    "LyCORIS/GLoRA": "glora",
-    "LyCORIS/Diag-OFT": "diag-oft",
-    "LyCORIS/BOFT": "boft",
-    "LyCORIS/Native Fine-Tuning": "full",
-}
 # What sd-scripts writes for features that are off.
 UNUSED = {
     "ss_caption_tag_dropout_rate": "0.0",
     "ss_face_crop_aug_range": "None",
-    "ss_fp8_base": "False",
-    "ss_fp8_base_unet": "False",
     "ss_lowram": "False",
-    "ss_zero_terminal_snr": "False",
 }
 
 
@@ -76,7 +62,7 @@ class Description:
 def describe(
     config: Config,
     *,
-    family: str,
+    family: Family,
     seed: int,
     length: Length,
     dataset: Dataset,
@@ -86,6 +72,7 @@ def describe(
     """Everything about a run that its files should tell. `repeats`: reads an epoch of each picture."""
     training, optim, data, captions = config.training, config.optim, config.data, config.captions
     noise = config.objective
+    prediction = "v_prediction" if config.model.v_parameterization else "epsilon"
     multires = noise.noise_type == "Multires" and noise.multires_iterations > 0
     original = noise.noise_type == "Original" and noise.noise_offset > 0
     arguments = ",".join(f"{k}={v}" for k, v in optim.arguments.items())
@@ -109,7 +96,7 @@ def describe(
         "ss_gradient_accumulation_steps": training.accumulation,
         "ss_lr_warmup_steps": warmup_steps(optim, length.total_steps),
         "ss_lr_scheduler": optim.scheduler,
-        "ss_network_module": "lycoris.kohya" if config.network.type in LYCORIS_NAMES else "networks.lora",
+        "ss_network_module": TYPES[config.network.type].program,
         "ss_network_dim": config.network.rank,
         "ss_network_alpha": config.network.alpha,
         "ss_network_dropout": config.network.dropout or None,
@@ -118,7 +105,10 @@ def describe(
         "ss_mixed_precision": training.precision,
         "ss_full_fp16": training.full_fp16,
         "ss_v2": config.model.v2,
-        "ss_base_model_version": BASE_VERSIONS[family],
+        "ss_base_model_version": family.versions[prediction],
+        "ss_fp8_base": training.fp8_base,
+        "ss_fp8_base_unet": training.fp8_base_unet,
+        "ss_zero_terminal_snr": noise.zero_terminal_snr,
         "ss_clip_skip": captions.clip_skip,
         "ss_max_token_length": captions.max_tokens if captions.max_tokens > 75 else None,
         "ss_cache_latents": data.cache_latents,
@@ -161,8 +151,8 @@ def describe(
         **_model("sd_model", base_model(config.model.path)),
         **(_model("vae", resolve(config.model.vae)) if config.model.vae else {}),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{ARCHITECTURES[family]}/lora",
-        "modelspec.implementation": "diffusers",
+        "modelspec.architecture": f"{family.architectures[prediction]}/lora",
+        "modelspec.implementation": family.implementation,
         "modelspec.implementation_version": f"lorawright/{version('lorawright')}",
         "modelspec.resolution": f"{data.resolution[0]}x{data.resolution[1]}",
         "modelspec.prediction_type": "v" if config.model.v_parameterization else "epsilon",
@@ -188,8 +178,9 @@ def _network_arguments(config: Config) -> dict[str, str | float]:
     """What was set of the network beyond rank and alpha, by the names and in the form of sd-scripts."""
     settings, blocks, optim = config.network, config.blocks, config.optim
     convolutions = "conv_dim" in USES[settings.type]
+    algo = TYPES[settings.type].algo
     given = {
-        **({"algo": LYCORIS_NAMES[settings.type], "preset": settings.reach} if settings.type in LYCORIS_NAMES else {}),
+        **({"algo": algo, "preset": settings.reach} if algo else {}),
         "factor": settings.factor if settings.factor > 0 else None,
         "decompose_both": settings.decompose_both,
         "use_tucker": settings.tucker or settings.cp,
@@ -199,6 +190,8 @@ def _network_arguments(config: Config) -> dict[str, str | float]:
         "constraint": settings.constraint,
         "rescaled": settings.rescaled,
         "rank_dropout_scale": settings.rank_dropout_scale,
+        "train_norm": settings.norms,
+        "unit" if not algo else "block_size": settings.unit if "unit" in USES[settings.type] else None,
         "conv_dim": str(settings.conv_rank) if convolutions else None,
         "conv_alpha": f"{settings.conv_alpha:g}" if convolutions else None,
         "rank_dropout": settings.rank_dropout,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
+from PIL import Image
 
 from trainer import sampling
 from trainer.events import Phase, Sample, Warned
@@ -28,20 +30,52 @@ def draw_samples(s: Session, step: int) -> None:
     shown = []
     for index, prompt in enumerate(s.prompts):
         s.emit(Phase("drawing samples", index, len(s.prompts)))
-        seed = prompt.seed if prompt.seed is not None else seed_for(s.seed, "sample", index) % 2**32
-        size = prompt.width or s.config.data.resolution[0], prompt.height or s.config.data.resolution[1]
-        try:
-            with s.network.without_dropout():
-                image = sampling.draw(s.model, prompt, s.config.samples.sampler, size, seed, s.check)
-        except (ValueError, RuntimeError) as error:
-            log.exception("sample %d failed", index + 1)
-            s.emit(Warned(f"Sample prompt {index + 1} could not be drawn: {error}", "Training goes on."))
-            continue
-        path = s.run.samples / f"{step:08d}_{index:02d}.png"
-        sampling.save_png(image, path, _parameters(prompt, s.config.samples.sampler, size, seed))
-        shown.append(Shown(index, prompt.prompt, image))
-        s.emit(Sample(path.relative_to(s.run.folder).as_posix(), prompt.prompt, index, seed, step))
+        if image := _draw(s, step, index, prompt):
+            shown.append(Shown(index, prompt.prompt, image))
     s.trackers.show(shown, step)
+    _done(s, step)
+
+
+def draw_comparison(s: Session, step: int) -> None:
+    """At the end: the first prompt with the LoRA and without it, from the same seed, as far as not drawn before.
+
+    A training from nothing began with the picture without it; one that went on from a LoRA or a state
+    did not. At most two pictures.
+    """
+    s.model.vae.to(s.accelerator.device)
+    prompt = s.prompts[0]
+    missing = [0.0] if s.first_step > 1 or s.config.network.weights else []
+    missing += [] if _path(s, step, 0, 1.0).exists() else [1.0]
+    for done, strength in enumerate(missing):
+        s.emit(Phase("drawing with and without the LoRA", done, len(missing)))
+        with s.network.strength(strength):
+            _draw(s, step, 0, prompt, strength)
+    if missing:
+        _done(s, step)
+
+
+def _draw(s: Session, step: int, index: int, prompt: Prompt, strength: float = 1.0) -> Image.Image | None:
+    """Draw, save and tell of one picture; None where it failed. `strength`: the network's, as it is set already."""
+    seed = prompt.seed if prompt.seed is not None else seed_for(s.seed, "sample", index) % 2**32
+    size = prompt.width or s.config.data.resolution[0], prompt.height or s.config.data.resolution[1]
+    try:
+        with s.network.without_dropout():
+            image = sampling.draw(s.model, prompt, s.config.samples.sampler, size, seed, s.check, s.prompt_texts)
+    except (ValueError, RuntimeError) as error:
+        log.exception("sample %d failed", index + 1)
+        s.emit(Warned(f"Sample prompt {index + 1} could not be drawn: {error}", "Training goes on."))
+        return None
+    path = _path(s, step, index, strength)
+    sampling.save_png(image, path, _parameters(prompt, s.config.samples.sampler, size, seed))
+    s.emit(Sample(path.relative_to(s.run.folder).as_posix(), prompt.prompt, index, seed, step, strength))
+    return image
+
+
+def _path(s: Session, step: int, index: int, strength: float) -> Path:
+    return s.run.samples / f"{step:08d}_{index:02d}{'' if strength else '_without'}.png"
+
+
+def _done(s: Session, step: int) -> None:
     if s.config.data.cache_latents and s.accelerator.device.type == "cuda":
         s.model.vae.to("cpu")
         torch.cuda.empty_cache()

@@ -15,12 +15,15 @@ import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainer import checkpoint, metadata, models, networks, optim, state, trackers
-from trainer.data import cache, folders
+from trainer import metadata, models, networks, optim, state, trackers
+from trainer.compact import compact
+from trainer.data import cache, folders, texts
 from trainer.data.buckets import Buckets
 from trainer.data.feed import Feed
 from trainer.events import Event, Phase, Warned
 from trainer.length import Length
+from trainer.lora.reading import read
+from trainer.models.facts import Layout
 from trainer.networks import Network, blocks
 from trainer.paths import resolve
 from trainer.prompts import Prompt, parse
@@ -28,7 +31,7 @@ from trainer.randomness import set_torch_to
 from trainer.retention import Retention
 from trainer.run import Run
 from trainer.schema import Config
-from trainer.schema.blocks import SD, rate_weights
+from trainer.schema.blocks import rate_weights
 from trainer.schema.rules import text_encoder_rate, unet_rate
 from trainer.schema.training import Training
 
@@ -39,7 +42,10 @@ Emit = Callable[[Event], None]
 
 @dataclass
 class Session:
-    """One training, ready to run. Modules are on the device; the network is not attached yet."""
+    """One training, ready to run. Modules are on the device; the network is not attached yet.
+
+    `captions`, `prompt_texts`: what the text encoders answered, where that is cached; they have no weights then.
+    """
 
     config: Config
     run: Run
@@ -55,6 +61,8 @@ class Session:
     length: Length
     description: metadata.Description
     prompts: list[Prompt]
+    captions: texts.Texts | None
+    prompt_texts: texts.Texts | None
     output: Path
     check: Callable[[], None]
     retention: Retention
@@ -92,15 +100,20 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
         accelerator.device,
         config.captions.clip_skip,
         config.captions.max_tokens,
+        prediction="v_prediction" if config.model.v_parameterization else "epsilon",
+        vae_dtype=torch.float32 if config.model.full_vae else None,
     )
+    if config.objective.zero_terminal_snr:
+        model.schedule = model.schedule.with_zero_terminal_snr()
     _choose_attention(model, training, accelerator.device)
     if training.checkpointing:
         model.unet.enable_gradient_checkpointing()
-        model.text_encoder.activation_checkpointing_enable()
-        model.text_encoder.train()
+        for encoder in model.text_encoders.values():
+            encoder.activation_checkpointing_enable()
+            encoder.train()
 
-    def progress(done: int, total: int) -> None:
-        emit(Phase("caching latents", done, total))
+    def progress(what: str, done: int, total: int) -> None:
+        emit(Phase(f"caching {what}", done, total))
         check()
 
     latents = None
@@ -114,17 +127,25 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
             dtype=torch.float32 if precision == "no" else torch.float16,
             to_disk=config.data.cache_to_disk,
             masked=config.objective.masked,
-            progress=progress,
+            progress=partial(progress, "latents"),
         )
-        if accelerator.device.type != "cpu":
-            model.vae.to("cpu")
-            torch.cuda.empty_cache()
+        model.vae.to("cpu")
+    prompts = parse(config.samples.prompts)
+    captions = prompt_texts = None
+    if config.captions.cache_states:
+        captions = texts.encode_captions(dataset.pictures, model, config.captions, partial(progress, "captions"))
+        prompt_texts = texts.of_prompts(model, [text for prompt in prompts for text in prompt.texts])
+        for encoder in model.text_encoders.values():
+            encoder.to("meta")
+    _make_compact(model, training, with_text_encoders=not config.captions.cache_states)
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
 
     emit(Phase("building the network"))
     feed = Feed(dataset.pictures, placements, config, seed, latents)
     length = Length.of(len(feed), training)
     network = _network(config, model, seed)
-    optimizer = optim.make_optimizer(_groups(config, network), config.optim)
+    optimizer = optim.make_optimizer(_groups(config, network, model.family.blocks), config.optim)
     if config.optim.row.paged and accelerator.device.type == "cpu":
         name = config.optim.optimizer
         emit(Warned(f"{name} moves its states out of a GPU's memory; without a GPU it is like the unpaged one."))
@@ -158,7 +179,9 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
             placements=placements,
             repeats=repeats,
         ),
-        prompts=parse(config.samples.prompts),
+        prompts=prompts,
+        captions=captions,
+        prompt_texts=prompt_texts,
         output=resolve(config.folders.output) if config.folders.output else run.output,
         check=check,
         retention=Retention(config.saving),
@@ -211,20 +234,33 @@ def _choose_attention(model: Any, training: Training, device: torch.device) -> N
             log.info("xformers is not used (%s); PyTorch's scaled-dot-product attention is", reason)
 
 
+def _make_compact(model: Any, training: Training, *, with_text_encoders: bool) -> None:
+    """Keep the frozen layers in the bits that the settings say, but for the U-Net's first and last."""
+    kinds = {}
+    if training.fp8_base or training.fp8_base_unet:
+        kinds["unet"] = "fp8"
+    if training.base_bits != "16":
+        kinds["unet"] = training.base_bits
+    if training.fp8_base and with_text_encoders:
+        kinds["text_encoder"] = "fp8"
+    for part, kind in kinds.items():
+        compact((t.layer for t in model.targets().values() if t.part == part and t.place != "edge"), kind)
+
+
 def _network(config: Config, model: Any, seed: int) -> Network:
     """The network with its first weights: random ones that follow from the seed, or a file's."""
     parts = {
         part for part, rate in (("unet", unet_rate(config)), ("text_encoder", text_encoder_rate(config))) if rate > 0
     }
     settings = config.network
-    weights = checkpoint.read_lora(resolve(settings.weights)) if settings.weights else None
+    weights = read(settings.weights).tensors if settings.weights else None
     set_torch_to(seed, "network")
     if settings.dim_from_weights:
         assert weights is not None
-        size_of = blocks.from_file(weights)
+        size_of, settings = blocks.from_file(weights), blocks.settings_of_file(settings, weights)
     else:
-        size_of = blocks.from_settings(config, rate_weights(config.blocks, SD))
-    network = networks.build(settings, model.targets(), parts, size_of)
+        size_of = blocks.from_settings(config, rate_weights(config.blocks, model.family.blocks))
+    network = networks.build(settings, model.targets(norms=settings.norms), parts, size_of)
     if weights is not None:
         with torch.no_grad():
             network.read(weights)
@@ -241,7 +277,7 @@ def _network(config: Config, model: Any, seed: int) -> Network:
     return network
 
 
-def _groups(config: Config, network: Network) -> list[dict[str, Any]]:
+def _groups(config: Config, network: Network, layout: Layout) -> list[dict[str, Any]]:
     """The optimizer's parameter groups: one a part of the model, block with its own rate, and LoRA+ ratio.
 
     `rate_factor` is what the part's rate is multiplied by.
@@ -249,13 +285,15 @@ def _groups(config: Config, network: Network) -> list[dict[str, Any]]:
     optim = config.optim
     rates = {"text_encoder": text_encoder_rate(config), "unet": unet_rate(config)}
     up_ratios = {"text_encoder": optim.text_encoder_up_ratio, "unet": optim.unet_up_ratio}
-    weights = rate_weights(config.blocks, SD)
+    weights = rate_weights(config.blocks, layout)
     groups: dict[tuple[str, int | None, bool], dict[str, Any]] = {}
     for name, module in network.layers.items():
         part = network.part_of[name]
         block = blocks.block_of(name) if weights and part == "unet" else None
         ratio = up_ratios[part] or optim.up_ratio
         for key, tensor in module.named_parameters():
+            if not tensor.requires_grad:
+                continue
             up = bool(ratio) and module.is_up(key)
             factor = (weights[block] if weights and block is not None else 1.0) * (ratio if up else 1.0)
             if factor == 0:  # from a file that has modules there

@@ -29,6 +29,11 @@ class Prompt:
     steps: int = 30
     line: int = 1
 
+    @property
+    def texts(self) -> list[str]:
+        """What the model is asked with: the negative prompt first, where guidance weighs it against the other."""
+        return [self.negative, self.prompt] if self.cfg_scale != 1.0 else [self.prompt]
+
 
 @dataclass(frozen=True)
 class _Flag:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
+from trainer.data.texts import Texts
 from trainer.models import Schedule
 from trainer.prompts import Prompt
 
@@ -43,8 +45,9 @@ SAMPLERS = _ROWS | {f"k_{name}": _ROWS[name] for name in ("lms", "euler", "euler
 def make_sampler(name: str, schedule: Schedule) -> Any:
     """A fresh diffusers scheduler for a web UI's sampler name, on the base model's noise schedule."""
     row = SAMPLERS[name]
-    module = importlib.import_module("diffusers")
-    return getattr(module, row.name)(**schedule.config, **row.settings)
+    kind = getattr(importlib.import_module("diffusers"), row.name)
+    known = inspect.signature(kind).parameters  # timestep_spacing is not known to all
+    return kind(**{k: v for k, v in schedule.config.items() if k in known}, **row.settings)
 
 
 @torch.no_grad()
@@ -55,11 +58,13 @@ def draw(
     size: tuple[int, int],
     seed: int,
     check: Callable[[], None] = lambda: None,
+    texts: Texts | None = None,
 ) -> Image.Image:
     """One picture of `prompt`, (width, height) pixels, with classifier-free guidance.
 
     Randomness comes from `seed` alone and is drawn on the CPU, so that devices agree. `check` is
-    called in every step and may raise to end the drawing.
+    called in every step and may raise to end the drawing. `texts` has the prompt's states where
+    the text encoders are not there any more.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler = make_sampler(sampler, model.schedule)
@@ -68,15 +73,15 @@ def draw(
     cell = model.pixels_per_latent
     latents = torch.randn((1, 4, height // cell, width // cell), generator=generator).to(model.device)
     latents = latents * scheduler.init_noise_sigma
-    guided = prompt.cfg_scale != 1.0
-    texts = [prompt.negative, prompt.prompt] if guided else [prompt.prompt]
-    states = model.text_states(model.tokens(texts))
+    asked = prompt.texts
+    text = texts.of(asked, model.device) if texts else model.text_states(model.tokens(asked))
+    sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(asked), device=model.device)
     extra = {"generator": generator} if _takes_generator(scheduler) else {}
     for t in scheduler.timesteps:
         check()
-        noisy = scheduler.scale_model_input(latents, t).expand(len(texts), -1, -1, -1)
-        answer = model.predict(noisy, t, states)
-        if guided:
+        noisy = scheduler.scale_model_input(latents, t).expand(len(asked), -1, -1, -1)
+        answer = model.predict(noisy, t, text, sizes)
+        if len(asked) == 2:
             without, with_prompt = answer.chunk(2)
             answer = without + prompt.cfg_scale * (with_prompt - without)
         latents = scheduler.step(answer, t, latents, return_dict=False, **extra)[0]
@@ -90,7 +95,10 @@ def _takes_generator(scheduler: Any) -> bool:
 def to_image(pixels: torch.Tensor) -> Image.Image:
     """[3,H,W] in −1…1 as a picture. Raises ValueError where a value is not a number."""
     if not torch.isfinite(pixels).all():
-        raise ValueError("the picture holds values that are not numbers")
+        raise ValueError(
+            "the picture holds values that are not numbers. Where Mixed precision (mixed_precision) is fp16, switch on "
+            "No half VAE (sdxl_no_half_vae)."
+        )
     array = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(array))
 

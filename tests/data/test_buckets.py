@@ -8,9 +8,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from trainer.data.buckets import Buckets, ranged
+from tests import reference
+from trainer import schema
+from trainer.data.buckets import Buckets, Placement, ranged
 from trainer.errors import DataError
-from trainer.schema.data import Data
 
 sides = st.integers(1, 12_000)
 sizes = st.tuples(sides, sides)
@@ -19,7 +20,8 @@ steps = st.sampled_from([8, 16, 32, 64, 128])
 
 
 def buckets(resolution=(512, 512), **settings):
-    return Buckets(Data(max_resolution=f"{resolution[0]},{resolution[1]}", **settings))
+    config, _ = schema.read({"max_resolution": f"{resolution[0]},{resolution[1]}", **settings})
+    return Buckets(config.data)
 
 
 @pytest.mark.parametrize(
@@ -163,3 +165,10 @@ def test_buckets_equal_those_of_sd_scripts_and_what_fails_there_is_refused_here(
         else:
             placement = placed.place(tuple(image))
             assert [*placement.bucket, *placement.resized, *placement.crop] == expected, image
+
+
+@pytest.mark.parametrize("case", reference.read("crops"), ids=lambda case: f"{case['size']} in {case['bucket']}")
+def test_sdxl_is_told_of_the_crop_that_sd_scripts_tells_it(case):
+    placement = Placement(tuple(case["bucket"]), (0, 0), (0, 0))
+    for key, flipped in (("crop", False), ("flipped", True)):
+        assert list(placement.told_crop(tuple(case["size"]), flipped=flipped)) == case[key]

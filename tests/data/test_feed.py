@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,6 +61,16 @@ def test_a_random_crop_shows_the_very_pixels_of_the_image(picture):
     (left, top), read = corners(made)[0], made[0].pixels[0]
     image = torch.from_numpy(np.array(Image.open(picture.path))).permute(2, 0, 1)
     assert torch.equal(((read + 1) * 127.5).round(), image[:, top : top + 64, left : left + 64].float())
+
+
+def test_each_read_tells_its_images_own_size_crop_and_bucket(picture):
+    """SDXL's conditioning: 96×80 in a square bucket leaves (64 − 64·80/96) // 2 = 5 pixels above."""
+    made = feed(picture, flip_aug=True)
+    found = {tuple(made[number].sizes[0].tolist()) for number in range(40)}
+    assert found == {(80, 96, 5, 0, 64, 64)}
+    tall = Feed([replace(picture, size=(80, 97))], [PLACEMENT], made.config, 1)
+    margins = {tuple(tall[number].sizes[0, 2:4].tolist()) for number in range(40)}
+    assert margins == {(0, 5), (0, 6)}  # (64 − 64·80/97) // 2 = 5 on the left, 6.2 on the right
 
 
 @pytest.mark.proves("color_aug")

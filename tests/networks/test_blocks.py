@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -13,10 +12,13 @@ from tests import reference
 from trainer import networks, schema
 from trainer.errors import ConfigError
 from trainer.models import Target
+from trainer.models.facts import FAMILIES
 from trainer.networks.blocks import block_of, from_settings
 from trainer.prepare import prepare
 from trainer.run import EXIT_CONFIG, Run
-from trainer.schema.blocks import SD, SDXL, Weights, parse_weights, rate_weights
+from trainer.schema.blocks import Weights, parse_weights, rate_weights
+
+SD, SDXL = (FAMILIES[name].blocks for name in ("sd1", "sdxl"))
 
 BLOCKS = reference.read("blocks")
 LAYER = re.compile(r"lora_unet_((?:down|up)_blocks_\d+_[a-z]+_\d+|mid_block_[a-z]+_\d+)_")
@@ -243,15 +245,16 @@ def full_model_targets() -> dict[str, Target]:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from trainer.models import Schedule, sd
+    from trainer.models import Schedule, facts, sd
 
-    configs = json.loads(sd.CONFIGS.read_text())
+    family = facts.FAMILIES["sd1"]
+    configs = family.configs
     with torch.device("meta"):
         unet = UNet2DConditionModel(**configs["unet"])
         text_encoder = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
     schedule = Schedule.of(configs["scheduler"])
     cpu = torch.device("cpu")
-    return sd.StableDiffusion(unet, None, text_encoder, schedule, torch.float32, cpu, 1, 75).targets()
+    return sd.StableDiffusion(family, unet, None, {"te": text_encoder}, schedule, torch.float32, cpu, 1, 75).targets()
 
 
 @pytest.mark.proves("LoRA_type", "conv_dim")

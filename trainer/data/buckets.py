@@ -28,6 +28,19 @@ class Placement:
     resized: Size
     crop: tuple[int, int]
 
+    def told_crop(self, size: Size, *, flipped: bool) -> tuple[int, int]:
+        """(left, top) in pixels that SDXL is told of for an image of `size`.
+
+        Not the place of `crop`: as sd-scripts and Stability's own preparation of the images have
+        it, the empty margin that the whole image would leave inside the bucket. A mirrored image
+        has its right margin on the left.
+        """
+        aspect = size[0] / size[1]
+        width, height = self.bucket
+        inside = (height * aspect, height) if width / height > aspect else (width, width / aspect)
+        left, top = (width - inside[0]) // 2, (height - inside[1]) // 2
+        return int(width - (left + inside[0]) if flipped else left), int(top)
+
 
 class Buckets:
     """Places images of any size. Raises DataError when the bucket range excludes the resolution."""
@@ -38,6 +51,7 @@ class Buckets:
         self.follows_images = data.buckets and data.no_upscale
         self.choices: list[Size] = [] if self.follows_images else [data.resolution]
         if data.buckets and not data.no_upscale:
+            assert data.max_bucket_side
             self.choices = ranged(data.resolution, data.min_bucket_side, data.max_bucket_side, data.bucket_step)
 
     def place(self, size: Size) -> Placement:

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from safetensors.torch import save
 from trainer.data.buckets import Placement
 from trainer.data.folders import Picture
 from trainer.data.images import opacity, pixels
+from trainer.errors import TrainingError
+from trainer.paths import shown
 from trainer.run import write_whole
 
 log = logging.getLogger(__name__)
@@ -82,16 +84,20 @@ def encode_all(
             todo[placements[i].bucket].append(i)
     batches = [group[k : k + batch_size] for group in todo.values() for k in range(0, len(group), batch_size)]
     for batch, images in _decoded_ahead(batches, pictures, placements, matted=not masked):
-        plain = _encode(model, images, [_draw(pictures[i], "plain") for i in batch]).to("cpu", dtype)
+        names = [str(pictures[i].path) for i in batch]
+        plain = encode(model, to_tensor(images), names, [_draw(pictures[i], "plain") for i in batch])
+        plain = plain.to("cpu", dtype)
         mirrored = None
         if flip:
             turned = [np.ascontiguousarray(image[:, ::-1]) for image in images]
-            mirrored = _encode(model, turned, [_draw(pictures[i], "flipped") for i in batch]).to("cpu", dtype)
+            mirrored = encode(model, to_tensor(turned), names, [_draw(pictures[i], "flipped") for i in batch])
+            mirrored = mirrored.to("cpu", dtype)
         for k, i in enumerate(batch):
             mask = torch.from_numpy(opacity(pictures[i].path, placements[i])) if masked else None
-            found[i] = Latents(_own(plain[k]), _own(mirrored[k]) if mirrored is not None else None, mask)
+            latents = Latents(_own(plain[k]), _own(mirrored[k]) if mirrored is not None else None, mask)
+            found[i] = latents
             if store:
-                store.write(pictures[i], placements[i], found[i])
+                store.write(pictures[i], placements[i], latents)
         done += len(batch)
         progress(done, len(pictures))
     return found  # type: ignore[return-value]
@@ -124,23 +130,77 @@ def _draw(picture: Picture, which: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def _encode(model: Any, images: list[np.ndarray], generators: list[torch.Generator]) -> torch.Tensor:
-    return model.encode(to_tensor(images), generators)
+def encode(
+    model: Any, pixels: torch.Tensor, names: Sequence[str], generators: list[torch.Generator] | None = None
+) -> torch.Tensor:
+    """Latents [B,C,h,w] of pixels [B,3,H,W]. Raises TrainingError naming the images whose latents are not numbers."""
+    latents = model.encode(pixels, generators)
+    sound = latents.isfinite().flatten(1).all(1).tolist()
+    if all(sound):
+        return latents
+    bad = [f'"{shown(name)}"' for name, is_sound in zip(names, sound, strict=True) if not is_sound]
+    half = model.vae.dtype == torch.float16
+    raise TrainingError(
+        "not_a_number",
+        f"The VAE made no numbers of {', '.join(bad)}"
+        + (": it cannot compute in fp16, as SDXL's own cannot." if half else "."),
+        "Switch on No half VAE (sdxl_no_half_vae), or set Mixed precision (mixed_precision) to bf16."
+        if half
+        else "Choose another VAE (vae), or leave it empty for the base model's own.",
+    )
+
+
+class Shelf:
+    """Files of tensors in a folder beside the pictures. Read-only folders are used as they are, with a warning."""
+
+    def __init__(self, folder: str, what: str) -> None:
+        self.folder = folder
+        self.what = what
+        self._refused: set[Path] = set()
+
+    def file(self, picture: Picture, size: str = "") -> Path:
+        """Where a picture's entry lies."""
+        return picture.path.parent / self.folder / f"{picture.path.name}{size}.safetensors"
+
+    def read(self, file: Path, made_from: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+        """An entry's tensors and metadata; None if it is damaged, foreign, or made from something else."""
+        try:
+            with safe_open(file, framework="pt") as entry:
+                metadata = entry.metadata() or {}
+                if metadata.get("made_from") != made_from:
+                    return None
+                tensors = {name: entry.get_tensor(name) for name in entry.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None
+        return (tensors, metadata) if all(tensor.isfinite().all() for tensor in tensors.values()) else None
+
+    def write(self, file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        """Store one entry, whole or not at all."""
+        if file.parent in self._refused:
+            return
+        try:
+            file.parent.mkdir(exist_ok=True)
+            write_whole(file, save(dict(tensors), metadata))
+        except OSError as error:
+            self._refused.add(file.parent)
+            log.warning(
+                "%s are not cached in %s: %s", self.what, file.parent, error.strerror or os.strerror(error.errno or 0)
+            )
 
 
 class DiskCache:
-    """Latents in files beside the pictures. Read-only folders are used as they are, with a warning."""
+    """Latents in files beside the pictures."""
 
     def __init__(self, model: Any, dtype: torch.dtype, flip: bool, masked: bool = False) -> None:
         self.vae = fingerprint(model.vae)
         self.dtype = dtype
         self.flip = flip
         self.masked = masked
-        self._refused: set[Path] = set()
+        self.shelf = Shelf(FOLDER, "latents")
 
     def file(self, picture: Picture, placement: Placement) -> Path:
         width, height = placement.bucket
-        return picture.path.parent / FOLDER / f"{picture.path.name}_{width}x{height}.safetensors"
+        return self.shelf.file(picture, f"_{width}x{height}")
 
     def made_from(self, placement: Placement) -> str:
         source = {"vae": self.vae, "resized": placement.resized, "crop": placement.crop, "version": 1}
@@ -148,32 +208,24 @@ class DiskCache:
 
     def read(self, picture: Picture, placement: Placement) -> Latents | None:
         """The stored latents if they belong to this picture, VAE and crop; else None."""
-        file = self.file(picture, placement)
-        try:
-            with safe_open(file, framework="pt") as entry:
-                metadata = entry.metadata() or {}
-                if metadata.get("made_from") != self.made_from(placement):
-                    return None
-                if not _same_picture(picture.path, metadata):
-                    return None
-                names = set(entry.keys())
-                if self.flip and "flipped" not in names:
-                    return None
-                plain = entry.get_tensor("plain").to(self.dtype)
-                flipped = entry.get_tensor("flipped").to(self.dtype) if self.flip else None
-                mask = entry.get_tensor("mask") if self.masked else None
-        except (OSError, SafetensorError):
+        entry = self.shelf.read(self.file(picture, placement), self.made_from(placement))
+        if entry is None:
             return None
+        tensors, metadata = entry
+        if not _same_picture(picture.path, metadata) or (self.flip and "flipped" not in tensors):
+            return None
+        plain = tensors["plain"].to(self.dtype)
         width, height = placement.bucket
-        if plain.shape[1:] != (height // 8, width // 8) or not torch.isfinite(plain).all():
+        if plain.shape[1:] != (height // 8, width // 8):
             return None
-        return Latents(plain, flipped, mask)
+        return Latents(
+            plain,
+            tensors["flipped"].to(self.dtype) if self.flip else None,
+            tensors["mask"] if self.masked else None,
+        )
 
-    def write(self, picture: Picture, placement: Placement, latents: Latents | None) -> None:
+    def write(self, picture: Picture, placement: Placement, latents: Latents) -> None:
         """Store one entry, whole or not at all."""
-        file = self.file(picture, placement)
-        if latents is None or file.parent in self._refused:
-            return
         stat = picture.path.stat()
         metadata = {
             "made_from": self.made_from(placement),
@@ -181,19 +233,9 @@ class DiskCache:
             "size": str(stat.st_size),
             "blake2b": _digest(picture.path),
         }
-        tensors = {"plain": latents.plain}
-        if latents.flipped is not None:
-            tensors["flipped"] = latents.flipped
-        if latents.mask is not None:
-            tensors["mask"] = latents.mask
-        try:
-            file.parent.mkdir(exist_ok=True)
-            write_whole(file, save(tensors, metadata))
-        except OSError as error:
-            self._refused.add(file.parent)
-            log.warning(
-                "latents are not cached in %s: %s", file.parent, error.strerror or os.strerror(error.errno or 0)
-            )
+        tensors = {"plain": latents.plain, "flipped": latents.flipped, "mask": latents.mask}
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        self.shelf.write(self.file(picture, placement), given, metadata)
 
 
 def _same_picture(path: Path, metadata: dict[str, str]) -> bool:

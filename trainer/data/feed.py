@@ -29,13 +29,18 @@ HUE_LIMIT = 8 / 180
 
 @dataclass
 class Batch:
-    """What one step sees. Either `latents` [B,4,h,w] or `pixels` [B,3,H,W] in −1…1 is there."""
+    """What one step sees. Either `latents` [B,4,h,w] or `pixels` [B,3,H,W] in −1…1 is there.
+
+    `sizes` [B,6]: each image's height and width as it was found, top and left of its crop, height
+    and width that are trained, in pixels. SDXL is told of them.
+    """
 
     latents: torch.Tensor | None
     pixels: torch.Tensor | None
     captions: list[str]
     weights: torch.Tensor
     masks: torch.Tensor | None
+    sizes: torch.Tensor
     names: list[str]
 
 
@@ -100,6 +105,7 @@ class Feed(Dataset[Batch]):
             captions=texts,
             masks=self._masks(reads) if self.config.objective.masked else None,
             weights=torch.tensor([prior if self.pictures[i].regularisation else 1.0 for i in items]),
+            sizes=torch.tensor([self._sizes(read) for read in reads], dtype=torch.float32),
             names=[self.pictures[i].path.name for i in items],
         )
 
@@ -110,6 +116,11 @@ class Feed(Dataset[Batch]):
             spare = (placement.resized[0] - placement.bucket[0], placement.resized[1] - placement.bucket[1])
             placement = replace(placement, crop=(rng.randint(0, spare[0]), rng.randint(0, spare[1])))
         return placement, rng.uniform(-HUE_LIMIT, HUE_LIMIT) if data.color else 0.0
+
+    def _sizes(self, read: Read) -> tuple[int, ...]:
+        width, height = size = self.pictures[read.item].size
+        left, top = read.placement.told_crop(size, flipped=read.flip)
+        return height, width, top, left, read.placement.bucket[1], read.placement.bucket[0]
 
     def _cached(self, reads: Sequence[Read]) -> torch.Tensor:
         assert self.latents is not None

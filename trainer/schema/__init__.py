@@ -25,7 +25,7 @@ from trainer.schema.network import Network
 from trainer.schema.objective import Objective
 from trainer.schema.optim import Optim
 from trainer.schema.overrides import with_additional
-from trainer.schema.rules import conflicts
+from trainer.schema.rules import claimed_family, conflicts
 from trainer.schema.samples import Samples
 from trainer.schema.tracking import Tracking
 from trainer.schema.training import Training
@@ -112,7 +112,7 @@ def read(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
             wrong = {p.key for p in found}
             parts[group] = kind.model_validate({key: value for key, value in given.items() if key not in wrong})
             problems += found
-    return _with_what_the_type_uses(Config(**parts)), problems  # type: ignore[arg-type]
+    return _with_the_familys_defaults(_with_what_the_type_uses(Config(**parts))), problems  # type: ignore[arg-type]
 
 
 def _with_what_the_type_uses(config: Config) -> Config:
@@ -123,6 +123,12 @@ def _with_what_the_type_uses(config: Config) -> Config:
             unset = getattr(type(group)(), p.name)
             config = config.model_copy(update={p.group: group.model_copy(update={p.name: unset})})
     return config
+
+
+def _with_the_familys_defaults(config: Config) -> Config:
+    """The settings with the family's own value where an empty one leaves it to that."""
+    largest = config.data.max_bucket_side or 2 * claimed_family(config).resolution
+    return config.model_copy(update={"data": config.data.model_copy(update={"max_bucket_side": largest})})
 
 
 def problem_with(key: str, message: object, severity: Literal["error", "warning"] = "error") -> Problem:

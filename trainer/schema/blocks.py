@@ -13,24 +13,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from trainer.models.facts import Layout
 from trainer.schema.declare import Group, Section, parameter
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How many blocks a U-Net has. `edge`: entries before the first and behind the last of them."""
-
-    down: int
-    middle: int
-    up: int
-    edge: int = 0
-
-    @property
-    def total(self) -> int:
-        return 2 * self.edge + self.down + self.middle + self.up
-
-
-SD, SDXL = Layout(12, 1, 12), Layout(9, 3, 9, edge=1)
 CURVES: dict[str, Callable[[float], float]] = {
     "cosine": lambda x: math.sin(math.pi / 2 * (1 - x)),
     "sine": lambda x: math.sin(math.pi / 2 * x),
@@ -131,7 +117,7 @@ class Blocks(Group):
         "Down LR weights",
         Section.BLOCKS,
         """Multiplies the U-Net's learning rate in each of the 12 blocks that take the picture apart
-        (IN0–IN11): numbers separated by commas, those that are missing count as 1; or a curve:
+        (IN0–IN11; SDXL has 9): numbers separated by commas, those that are missing count as 1; or a curve:
         cosine (falls from 1 to 0), sine (rises), linear, reverse_linear, zeros, each with +0.25 or
         the like to lift it. A block with 0 gets no modules. Early blocks see composition, the
         middle ones content.""",
@@ -143,7 +129,7 @@ class Blocks(Group):
         "",
         "Mid LR weights",
         Section.BLOCKS,
-        """The same for the block in the middle of the U-Net: one number. Empty: 1.""",
+        """The same for the block in the middle of the U-Net: one number, for SDXL three. Empty: 1.""",
         kind="text",
         placeholder="0.5",
     )
@@ -152,7 +138,7 @@ class Blocks(Group):
         "",
         "Up LR weights",
         Section.BLOCKS,
-        """The same for the 12 blocks that draw the picture (OUT0–OUT11), from coarse to fine. The
+        """The same for the 12 blocks that draw the picture (OUT0–OUT11; SDXL has 9), from coarse to fine. The
         last ones are about colour and surface: raise them for a style.""",
         kind="text",
         placeholder="1,1,1,1,1,1,0,0,0,0,0,0 or cosine",
@@ -173,8 +159,8 @@ class Blocks(Group):
         "Block dims",
         Section.BLOCKS,
         """The rank of each of the 25 blocks IN0–IN11, MID, OUT0–OUT11, instead of one Network Rank
-        for all; blocks without attention pay no heed, 0 leaves a block out. The text encoder keeps
-        Network Rank.""",
+        for all; blocks without attention pay no heed, 0 leaves a block out. SDXL takes 23: one for its
+        embeddings, 9, 3, 9, and one for its last layers. The text encoder keeps Network Rank.""",
         kind="text",
         placeholder="25 numbers: 2,2,2,2,4,4,4,4,6,6,6,6,8,6,6,6,6,4,4,4,4,2,2,2,2",
         when=WITHOUT_FILE,
@@ -184,7 +170,7 @@ class Blocks(Group):
         "",
         "Block alphas",
         Section.BLOCKS,
-        """The alpha of each of the 25 blocks. Empty: Network Alpha for all; 0: as large as the
+        """The alpha of each of the 25 blocks (SDXL: 23). Empty: Network Alpha for all; 0: as large as the
         rank.""",
         kind="text",
         placeholder="25 numbers",
@@ -195,7 +181,7 @@ class Blocks(Group):
         "",
         "Conv dims",
         Section.BLOCKS,
-        """The rank of the 3×3 convolutions in each of the 25 blocks; all of them have some. It
+        """The rank of the 3×3 convolutions in each of the 25 blocks (SDXL: 23); all of them have some. It
         turns a Standard LoRA into a LoCon, with a file two to three times as large.""",
         kind="text",
         placeholder="25 numbers",
@@ -206,7 +192,7 @@ class Blocks(Group):
         "",
         "Conv alphas",
         Section.BLOCKS,
-        """The alpha of the 3×3 convolutions in each of the 25 blocks. Empty: Convolution Alpha where the type has
+        """The alpha of the 3×3 convolutions in each of the 25 blocks (SDXL: 23). Empty: Convolution Alpha where the type has
         it, else 1. It needs Conv dims, or a type with a Convolution Rank.""",
         kind="text",
         placeholder="25 numbers",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
@@ -33,7 +33,8 @@ class Data(Group):
         "Max resolution",
         Section.RESOLUTION,
         """"width,height" in pixels: the area that images are brought to. The base model's own size
-        is best: 512,512 for SD 1.5; smaller is quicker and coarser.""",
+        is best: 512,512 for SD 1.5, 768,768 for SD 2.x with v-prediction, 1024,1024 for SDXL; smaller is
+        quicker and coarser.""",
         kind="text",
     )
     buckets: bool = parameter(
@@ -54,14 +55,15 @@ class Data(Group):
         ge=64,
         when={"enable_bucket": True, "bucket_no_upscale": False},
     )
-    max_bucket_side: int = parameter(
+    max_bucket_side: int | None = parameter(
         "max_bucket_reso",
-        1024,
+        None,
         "Maximum bucket resolution",
         Section.RESOLUTION,
         """No bucket has a longer side than this many pixels. Only used when small images may be
         enlarged.""",
         ge=64,
+        blank="1024; 2048 for SDXL",
         when={"enable_bucket": True, "bucket_no_upscale": False},
     )
     no_upscale: bool = parameter(
@@ -208,19 +210,17 @@ class Captions(Group):
         "Clip skip",
         Section.CAPTIONS,
         """Which layer of the text encoder counts, from the end. 1 for most models; 2 for anime
-        models that descend from NovelAI's.""",
+        models that descend from NovelAI's SD 1.5. SD 2.x counts from its last but one, which is its own; SDXL
+        always takes that one and ignores this.""",
         ge=1,
         le=12,
     )
-    max_tokens: int = parameter(
+    max_tokens: Literal[75, 150, 225] = parameter(
         "max_token_length",
         75,
         "Max Token Length",
         Section.CAPTIONS,
-        """75, 150 or 225: how many tokens (pieces of words, commas too) of a caption are read.
-        Longer captions are cut.""",
-        ge=75,
-        le=225,
+        """How many tokens (pieces of words, commas too) of a caption are read. Longer captions are cut.""",
     )
     weighted: bool = parameter(
         "weighted_captions",
@@ -239,4 +239,22 @@ class Captions(Group):
         """Captions are filled up only to the longest of their batch instead of to 75 tokens. The web
         UIs always fill up, so a LoRA trained without fits them less; leave it off unless you repeat
         an old training.""",
+    )
+    cache_states: bool = parameter(
+        "sdxl_cache_text_encoder_outputs",
+        False,
+        "Cache text encoder outputs",
+        Section.CAPTIONS,
+        """Every caption goes through the text encoders once, before training; then they leave the memory: 1.6 GB
+        less for SDXL, and quicker steps. Captions must be the same at each read, and Text Encoder learning rate
+        0.""",
+    )
+    cache_states_to_disk: bool = parameter(
+        "cache_text_encoder_outputs_to_disk",
+        False,
+        "Cache text encoder outputs to disk",
+        Section.CAPTIONS,
+        """Keep them in a folder beside the images as well (0.3 MB an image for SDXL), so that the next run starts
+        at once. Only captions that changed are encoded anew.""",
+        when={"sdxl_cache_text_encoder_outputs": True},
     )

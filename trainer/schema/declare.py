@@ -146,6 +146,8 @@ def coerce(value: Any, kind: Kind, field: FieldInfo) -> Any:
     """The typed form of what a preset holds: "8", 8 and 8.0 are one number, "" is not set."""
     if isinstance(value, str):
         value = value.strip() if kind != "lines" else value
+    if kind == "choice" and isinstance(field.default, int):
+        kind = "integer"
     if kind in ("integer", "number") and (value == "" or value is None):
         return None if _optional(field) else field.default
     if value is None and kind not in ("integer", "number"):
@@ -212,7 +214,7 @@ def describe(group: str, name: str, field: FieldInfo) -> Parameter:
         minimum=extra["minimum"],  # type: ignore[arg-type]
         maximum=extra["maximum"],  # type: ignore[arg-type]
         above=extra["above"],  # type: ignore[arg-type]
-        choices=tuple(get_args(plain)) if kind == "choice" else (),
+        choices=tuple(map(str, get_args(plain))) if kind == "choice" else (),
         when=extra["when"],  # type: ignore[arg-type]
         blank=extra["blank"],  # type: ignore[arg-type]
         placeholder=extra["placeholder"],  # type: ignore[arg-type]

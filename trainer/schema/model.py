@@ -33,24 +33,24 @@ class Model(Group):
         False,
         "v2",
         Section.BASE_MODEL,
-        """For Stable Diffusion 2.x, which is not supported yet. The file itself is looked at as well: if it
-        is of another family, training is refused with what was found.""",
+        """Switch on for Stable Diffusion 2.x, base and 768. The file itself is looked at as well: what
+        contradicts it is refused with what was found.""",
     )
     v_parameterization: bool = parameter(
         "v_parameterization",
         False,
         "v_parameterization",
         Section.BASE_MODEL,
-        """The model predicts velocity instead of noise, as SD 2.x at 768 pixels does. Wrong here
-        means grey mush, so the files are checked where they say which it is.""",
+        """The model predicts velocity instead of noise, as SD 2.x at 768 pixels and NoobAI's v-pred
+        versions do. Wrong here means grey mush, so the files are checked where they say which it is.""",
     )
     sdxl: bool = parameter(
         "sdxl",
         False,
         "SDXL",
         Section.BASE_MODEL,
-        """For SDXL and its children, which are not supported yet. The file is looked at as well; a
-        contradiction is refused.""",
+        """Switch on for SDXL and its children: Pony, Illustrious, NoobAI. The file is looked at as
+        well; a contradiction is refused. Set Max resolution to 1024,1024 with it.""",
     )
     vae: str = parameter(
         "vae",
@@ -61,6 +61,14 @@ class Model(Group):
         samples. Empty: the one inside the base model, which is nearly always right.""",
         kind="model",
         placeholder="empty = the base model's own",
+    )
+    full_vae: bool = parameter(
+        "sdxl_no_half_vae",
+        False,
+        "No half VAE",
+        Section.BASE_MODEL,
+        """The VAE computes in full precision whatever Mixed precision says. SDXL's own VAE overflows in fp16: black
+        samples, or an error that asks for this. Caching gets slower and takes more memory; bf16 does not need it.""",
     )
 
 

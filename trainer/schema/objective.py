@@ -67,6 +67,15 @@ class Objective(Group):
         """The opposite of Min SNR gamma: noisy timesteps count more (weight 1 ÷ √SNR), so shapes
         and composition are learned sooner and colours drift less. Use one of the two.""",
     )
+    zero_terminal_snr: bool = parameter(
+        "zero_terminal_snr",
+        False,
+        "Zero terminal SNR",
+        Section.NOISE,
+        """The noisiest timestep is nothing but noise, so that very dark and very bright pictures can be learned. Only
+        for base models that were trained so (NoobAI v-pred and others with v-prediction).""",
+        when={"v_parameterization": True},
+    )
     scale_v_loss: bool = parameter(
         "scale_v_pred_loss_like_noise_pred",
         False,

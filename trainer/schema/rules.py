@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from trainer.errors import Problem
+from trainer.models.facts import FAMILIES, Family
 from trainer.schema import blocks
 from trainer.schema.algorithms import USES
 from trainer.schema.optimizers import SCHEDULERS
@@ -20,7 +22,7 @@ MOST_RANK = 4096
 
 def conflicts(config: Config) -> Iterator[Problem]:
     """Each bad combination; the message names both controls. Errors refuse the start."""
-    network, training, captions = config.network, config.training, config.captions
+    network, training = config.network, config.training
     if network.dim_from_weights and not network.weights:
         yield _problem(
             "dim_from_weights",
@@ -33,6 +35,7 @@ def conflicts(config: Config) -> Iterator[Problem]:
                 f"{rank} is more than a layer of LoRA type (LoRA_type) {network.type} can use; it must be "
                 f"{MOST_RANK} or less. Only LyCORIS/LoKr takes such a number, for whole matrices.",
             )
+    yield from _units(config)
     if not network.dim_from_weights and network.alpha > network.rank:
         yield _problem(
             "network_alpha",
@@ -64,12 +67,10 @@ def conflicts(config: Config) -> Iterator[Problem]:
         )
     yield from _optimizer(config)
     yield from _objective(config)
-    if captions.max_tokens not in (75, 150, 225):
-        yield _problem(
-            "max_token_length",
-            f'"{captions.max_tokens}" is not allowed; it must be 75, 150 or 225.',
-        )
-    if config.data.min_bucket_side > config.data.max_bucket_side:
+    yield from _family(config)
+    yield from _cached_states(config)
+    yield from _base_weights(config)
+    if config.data.max_bucket_side and config.data.min_bucket_side > config.data.max_bucket_side:
         yield _problem(
             "min_bucket_reso",
             f"{config.data.min_bucket_side} is larger than Maximum bucket resolution ({config.data.max_bucket_side}).",
@@ -114,10 +115,101 @@ def conflicts(config: Config) -> Iterator[Problem]:
         )
 
 
+def claimed_family(config: Config) -> Family:
+    """The family that the model's switches claim. What the file says otherwise is refused before the start."""
+    switched = (family for family in FAMILIES.values() if family.switch and getattr(config.model, family.switch))
+    return next(switched, FAMILIES["sd1"])
+
+
+def _family(config: Config) -> Iterator[Problem]:
+    """What cannot be meant about the base model's family."""
+    model, family = config.model, claimed_family(config)
+    if model.v2 and model.sdxl:
+        yield _problem("v2", "and SDXL (sdxl) are both on, and a model is of one family. Switch one of them off.")
+    if not family.clip_skip and config.captions.clip_skip > 1:
+        yield _problem(
+            "clip_skip",
+            f"{config.captions.clip_skip} has no effect on {family.title}, which always takes the last layer but one.",
+            "warning",
+        )
+    if config.objective.zero_terminal_snr and not model.v_parameterization:
+        yield _problem(
+            "zero_terminal_snr",
+            "needs v_parameterization (v_parameterization), which is off: from pure noise, the noise cannot teach "
+            "anything. Switch this off, or choose a model with v-prediction.",
+        )
+
+
+def _cached_states(config: Config) -> Iterator[Problem]:
+    """What keeps the text encoders' answers from being the same at each read."""
+    captions, key = config.captions, "sdxl_cache_text_encoder_outputs"
+    if captions.cache_states_to_disk and not captions.cache_states:
+        yield _problem(
+            "cache_text_encoder_outputs_to_disk",
+            f"needs Cache text encoder outputs ({key}), which is off. Switch both on or both off.",
+        )
+    if not captions.cache_states:
+        return
+    if text_encoder_rate(config) and not config.network.reach.startswith("unet-"):
+        yield _problem(
+            key,
+            "keeps what the text encoder says before training, and Text Encoder learning rate (text_encoder_lr) is "
+            f"{text_encoder_rate(config):g}, so that it would be trained. Set that to 0, or switch this off.",
+        )
+    for other, on in (
+        ("shuffle_caption", captions.shuffle),
+        ("caption_dropout_rate", captions.dropout_rate),
+        ("caption_dropout_every_n_epochs", captions.dropout_every_n_epochs),
+        ("no_token_padding", captions.no_padding),
+    ):
+        if on:
+            yield _problem(
+                other,
+                f"makes captions another at each read, which Cache text encoder outputs ({key}) leaves no room for. "
+                "Switch one of the two off.",
+            )
+
+
+def _base_weights(config: Config) -> Iterator[Problem]:
+    """What cannot be meant about how the frozen base model is kept."""
+    training = config.training
+    bits = training.base_bits != "16"
+    for key, on in (("fp8_base", training.fp8_base), ("fp8_base_unet", training.fp8_base_unet), ("base_weights", bits)):
+        if on and training.precision == "no":
+            yield _problem(
+                key,
+                'needs Mixed precision (mixed_precision) fp16 or bf16, which is "no". Change it, or switch this off.',
+            )
+    for key, on in (("fp8_base", training.fp8_base), ("fp8_base_unet", training.fp8_base_unet)):
+        if on and bits:
+            yield _problem(
+                key, f'and Base weights (base_weights) "{training.base_bits}" both say how the U-Net is kept. Choose one.'
+            )
+
+
+def _units(config: Config) -> Iterator[Problem]:
+    """Whether the ranks can be cut into DyLoRA's units. Where they are a file's, the check of the file tells."""
+    network, blocks = config.network, config.blocks
+    if network.dim_from_weights:
+        return
+    for key, label, ranks in (
+        ("network_dim", "Network Rank", (network.rank,)),
+        ("conv_dim", "Convolution Rank", (network.conv_rank,) if "conv_dim" in USES[network.type] else ()),
+        ("block_dims", "Block dims", blocks.ranks or ()),
+        ("conv_block_dims", "Conv dims", blocks.conv_ranks or ()),
+    ):
+        for rank in sorted({rank for rank in ranks if rank % network.unit}):
+            yield _problem(
+                "unit",
+                f"{network.unit} does not divide {label} ({key}) {rank}, and whole units of ranks are trained. "
+                f"Choose a number that does, for instance {math.gcd(rank, network.unit)}, or change the rank.",
+            )
+
+
 def _blocks(config: Config) -> Iterator[Problem]:
     """What cannot be meant about the U-Net's blocks and the convolutions."""
     network, settings = config.network, config.blocks
-    layout = blocks.SDXL if config.model.sdxl else blocks.SD
+    layout = claimed_family(config).blocks
     for key, numbers in (
         ("block_dims", settings.ranks),
         ("block_alphas", settings.alphas),
