@@ -190,6 +190,13 @@ class Convert(Group):
         help="kohya: for web UIs, ComfyUI, sd-scripts and this program. diffusers: for programs built on diffusers "
         "that do not read kohya's names.",
     )
+    alpha: Literal["required", "rank"] = option(
+        "alpha",
+        "required",
+        "Missing alphas",
+        help="A file of kohya's naming without alphas does not say how strong it is meant to be and is refused. "
+        "rank: take the rank for them, as most programs do.",
+    )
 
 
 @dataclass(frozen=True)
@@ -241,7 +248,12 @@ class Tool:
 
     def words(self, values: Mapping[str, Any]) -> list[str]:
         """The command line that means these values, behind `python -m trainer`."""
-        named = [f"--{key}={value}" for key, value in values.items() if key not in self.inputs and value != ""]
+        named = []
+        for key, value in values.items():
+            if isinstance(value, bool):
+                named.append(f"--{key}" if value else f"--no-{key}")
+            elif key not in self.inputs and value != "":
+                named.append(f"--{key}={value}")
         lines = [line for key in self.inputs for line in str(values.get(key, "")).splitlines() if line.strip()]
         return [self.name, *named, "--", *lines]
 

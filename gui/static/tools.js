@@ -1,0 +1,230 @@
+// The Tools tab: forms by the tools' declarations, one running tool, its progress and its report.
+
+const OUTPUTS = { merge: "merged", "merge-loras": "merged", resize: "resized", extract: "difference", convert: "converted" };
+
+class Tools {
+  constructor(server, form, bar) {
+    Object.assign(this, { server, form, bar, entries: {}, offset: 0, typed: {} });
+    setInterval(() => { if (byId("lw-tools")?.offsetParent) this.seen(); }, 200);
+  }
+
+  // The tab is built when it is first opened.
+  async seen() {
+    const box = byId("lw-tools");
+    if (box.dataset.ready) return;
+    box.dataset.ready = "1";
+    try {
+      const offer = await this.server.tools({});
+      this.tools = new Map(offer.tools.map((tool) => [tool.name, tool]));
+      for (const tool of offer.tools) this.entries[tool.name] = Object.fromEntries(tool.fields.map((p) => [p.key, p.default]));
+      byId("lw-loras").replaceChildren(...offer.loras.map((value) => make("option", { value })));
+    } catch (error) {
+      delete box.dataset.ready;
+      byId("lw-tool-summary").textContent = error.message;
+      return;
+    }
+    byId("lw-tool-names").replaceChildren(...[...this.tools.values()].map((tool) => make("button", {
+      type: "button", role: "tab", id: `lw-tool-${tool.name}`, "aria-controls": "lw-tool", onclick: () => this.choose(tool.name) }, tool.label)));
+    byId("lw-tool-names").addEventListener("keydown", (event) => this.turn(event));
+    byId("lw-tool-form").addEventListener("submit", (event) => { event.preventDefault(); this.bar.order(() => this.run()); });
+    byId("lw-tool-stop").addEventListener("click", () => this.bar.order(() => this.server.tool_stop({})));
+    this.choose(localStorage.getItem("lorawright.tool") || "inspect");
+    await this.poll(true);
+  }
+
+  turn(event) {
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const names = [...this.tools.keys()];
+    const next = names[(names.indexOf(this.tool.name) + step + names.length) % names.length];
+    this.choose(next);
+    byId(`lw-tool-${next}`).focus();
+  }
+
+  choose(name) {
+    this.tool = this.tools.get(name) || this.tools.get("inspect");
+    localStorage.setItem("lorawright.tool", this.tool.name);
+    for (const tab of byId("lw-tool-names").children) {
+      const chosen = tab.id === `lw-tool-${this.tool.name}`;
+      tab.setAttribute("aria-selected", String(chosen));
+      tab.tabIndex = chosen ? 0 : -1;
+    }
+    byId("lw-tool").setAttribute("aria-labelledby", `lw-tool-${this.tool.name}`);
+    byId("lw-tool-summary").textContent = this.tool.summary;
+    this.draw();
+    this.tell();
+  }
+
+  get values() { return this.entries[this.tool.name]; }
+
+  draw() {
+    const weighted = this.tool.fields.some((p) => p.key === "strengths");
+    const fields = this.tool.fields.filter((p) => p.key !== "strengths");
+    byId("lw-tool-form").replaceChildren(...fields.map((p) => (p.kind === "lines" && weighted ? this.loras(p) : this.field(p))));
+    this.fit();
+  }
+
+  // Show the fields that apply, and name the output after the input until a name is typed.
+  fit() {
+    for (const p of this.tool.fields) {
+      const node = byId(`lw-option-${p.key}`);
+      if (node) node.hidden = !Object.entries(p.when).every(([other, values]) => values.includes(this.values[other]));
+    }
+    const input = byId("lw-output-output"), word = OUTPUTS[this.tool.name];
+    if (!input || this.typed[this.tool.name]) return;
+    const source = (this.values.loras || this.values.lora || this.values.tuned || "").split("\n")[0];
+    const dot = source.lastIndexOf(".");
+    const folder = this.tool.name === "merge" && !/\.[a-z]+$/i.test(this.values.model) && this.values.model;
+    this.values.output = input.value = source && dot > 0 ? `${source.slice(0, dot)}-${word}${folder ? "" : ".safetensors"}` : "";
+  }
+
+  set(key, value) {
+    this.values[key] = value;
+    if (key === "output") this.typed[this.tool.name] = value.trim() !== "";
+    this.fit();
+  }
+
+  field(p) {
+    const id = p.key === "output" ? "lw-output-output" : `lw-input-${p.key}`;
+    const common = { id, "aria-description": p.help, "aria-errormessage": `lw-wrong-${p.key}` };
+    const value = this.values[p.key];
+    let control;
+    if (p.kind === "switch") {
+      control = make("input", { ...common, type: "checkbox", checked: value, onchange: (e) => this.set(p.key, e.target.checked) });
+    } else if (p.kind === "choice") {
+      control = make("select", { ...common, class: "lw-input", onchange: (e) => this.set(p.key, e.target.value) },
+        ...p.choices.map((choice) => make("option", { value: choice, selected: choice === value }, choice)));
+    } else {
+      control = make("input", { ...common, class: "lw-input", value, spellcheck: false, autocomplete: "off",
+        placeholder: p.blank ? `empty: ${p.blank}` : "", oninput: (e) => this.set(p.key, e.target.value) });
+    }
+    const is_path = ["file", "model"].includes(p.kind);
+    if (is_path) control.setAttribute("list", p.kind === "model" ? "lw-models" : "lw-loras");
+    return this.frame(p, id, is_path ? this.withBrowse(p, control, (path) => this.set(p.key, path)) : control);
+  }
+
+  frame(p, id, ...controls) {
+    const help = make("button", { class: "lw-help", type: "button", "aria-label": `Help for ${p.label}` }, "?");
+    const open = () => this.form.explain(p, help), close = () => { this.form.tip.hidden = true; };
+    for (const [name, act] of Object.entries({ mouseenter: open, focus: open, click: open, mouseleave: close, blur: close })) help.addEventListener(name, act);
+    return make("div", { class: `lw-option lw-option-${p.kind}`, id: `lw-option-${p.key}` },
+      make("label", { htmlFor: id }, p.label), help, ...controls, make("p", { class: "lw-wrong", id: `lw-wrong-${p.key}` }));
+  }
+
+  withBrowse(p, control, take) {
+    const at = { type: (_, path) => { control.value = path; take(path); }, input: () => control };
+    return make("span", { class: "lw-path" }, control, make("button", { class: "lw-button", type: "button",
+      "aria-label": `Browse for ${p.label}`, onclick: () => browse(at, { ...p, kind: p.kind === "model" ? "model" : "file" }, this.server) }, "…"));
+  }
+
+  // LoRAs with their strengths, one row each; the entries are lines of paths and numbers between commas.
+  loras(p) {
+    const strengths = this.tool.fields.find((other) => other.key === "strengths");
+    const paths = this.values.loras.split("\n"), numbers = String(this.values.strengths).split(",");
+    const rows = this.values.loras ? paths.map((path, i) => [path, numbers[i] ?? numbers[0]]) : [["", "1"]];
+    const store = () => {
+      this.set("strengths", rows.map(([, number]) => number.trim() || "1").join(","));
+      this.set("loras", rows.map(([path]) => path).join("\n"));
+    };
+    const again = () => { store(); byId("lw-option-loras").replaceWith(this.loras(p)); };
+    const row = (entry, i) => {
+      const path = make("input", { id: `lw-input-loras-${i}`, class: "lw-input", value: entry[0], spellcheck: false, autocomplete: "off",
+        "aria-label": `LoRA ${i + 1}`, "aria-errormessage": "lw-wrong-loras", oninput: (e) => { entry[0] = e.target.value; store(); } });
+      path.setAttribute("list", "lw-loras");
+      const number = make("input", { class: "lw-input lw-strength", value: entry[1], inputMode: "decimal", autocomplete: "off",
+        "aria-label": `Strength of LoRA ${i + 1}`, title: "Strength", "aria-description": strengths.help, oninput: (e) => { entry[1] = e.target.value; store(); } });
+      const remove = make("button", { class: "lw-button", type: "button", "aria-label": `Remove LoRA ${i + 1}`, disabled: rows.length === 1,
+        onclick: () => { rows.splice(i, 1); again(); byId("lw-input-loras-0").focus(); } }, "×");
+      return make("div", { class: "lw-lora" }, this.withBrowse(p, path, (value) => { entry[0] = value; store(); }), number, remove);
+    };
+    const add = make("button", { class: "lw-link", type: "button",
+      onclick: () => { rows.push(["", "1"]); again(); byId(`lw-input-loras-${rows.length - 1}`).focus(); } }, "Add a LoRA");
+    return this.frame({ ...p, label: "LoRAs and strengths", help: `${p.help} ${strengths.help}` }, "lw-input-loras-0",
+      ...rows.map(row), make("div", {}, add), make("p", { class: "lw-wrong", id: "lw-wrong-strengths" }));
+  }
+
+  mark(problems) {
+    for (const node of byId("lw-tool-form").querySelectorAll(".lw-wrong")) node.textContent = "";
+    for (const node of byId("lw-tool-form").querySelectorAll("[aria-invalid]")) node.removeAttribute("aria-invalid");
+    const elsewhere = [];
+    for (const p of problems) {
+      const wrong = byId(`lw-wrong-${p.key}`);
+      if (!wrong) { elsewhere.push(p); continue; }
+      wrong.textContent = p.message;
+      wrong.parentElement.querySelector("input, select")?.setAttribute("aria-invalid", "true");
+    }
+    byId("lw-tool-form").querySelector("[aria-invalid]")?.focus();
+    return elsewhere;
+  }
+
+  async run() {
+    const loras = String(this.values.loras || "").split("\n");
+    const numbers = String(this.values.strengths || "").split(",");
+    const kept = loras.map((path, i) => [path, numbers[i] ?? numbers[0]]).filter(([path]) => path.trim());
+    const entries = "loras" in this.values ? { ...this.values, loras: kept.map(([path]) => path).join("\n"), strengths: kept.map(([, n]) => n).join(",") } : this.values;
+    const shown = Object.fromEntries(this.tool.fields.filter((p) => !byId(`lw-option-${p.key}`)?.hidden).map((p) => [p.key, entries[p.key]]));
+    const { problems } = await this.server.tool_start({ tool: this.tool.name, entries: shown });
+    const elsewhere = this.mark(problems);
+    if (problems.length) {
+      this.show(elsewhere.map((p) => make("p", { class: "lw-wrong" }, `${p.label}: ${p.message}.`)));
+      return;
+    }
+    this.offset = 0;
+    this.job = { tool: this.tool.name, state: "running" };
+    this.tell();
+    this.poll();
+  }
+
+  // Ask until the tool has ended; `once` only looks whether one is under way.
+  async poll(once = false) {
+    clearTimeout(this.timer);
+    let answer;
+    try {
+      answer = await this.server.tool_poll({ offset: this.offset });
+    } catch {
+      byId("lw-tool-phase").textContent = "The server does not answer; trying again …";
+      this.timer = setTimeout(() => this.poll(), 2000);
+      return;
+    }
+    if (answer.state === "none") return;
+    this.offset = answer.offset;
+    this.job = { ...(this.job?.tool === answer.tool ? this.job : {}), ...answer };
+    if (once && answer.state === "running") this.choose(answer.tool);
+    this.tell();
+    if (answer.state === "running") this.timer = setTimeout(() => this.poll(), 500);
+  }
+
+  // Show what the tool in view is doing or did.
+  tell() {
+    const job = this.job?.tool === this.tool.name ? this.job : null;
+    const running = this.job?.state === "running";
+    byId("lw-tool-run").disabled = running;
+    byId("lw-tool-stop").hidden = !(running && job);
+    const phase = byId("lw-tool-phase"), progress = byId("lw-tool-progress");
+    progress.hidden = !(running && job);
+    if (running && job) {
+      const { name, done, total } = job.phase || { name: "starting" };
+      phase.textContent = total ? `${name} … ${done} of ${total}` : `${name} …`;
+      if (total) Object.assign(progress, { max: total, value: done });
+      else progress.removeAttribute("value");
+    } else {
+      phase.textContent = running ? `${this.tools.get(this.job.tool).label} is running.` : "";
+    }
+    this.show(!job || running ? [] : job.state === "done" ? this.report(job.report.report)
+      : [make("p", { class: job.state === "failed" ? "lw-wrong" : "" }, `${job.failed.message} ${job.failed.hint}`)]);
+  }
+
+  show(nodes) { byId("lw-tool-result").replaceChildren(...nodes); }
+
+  report(report) {
+    const again = report.preset && make("button", { class: "lw-button", type: "button",
+      onclick: () => this.bar.order(async () => this.bar.take(await this.server.parse({ text: JSON.stringify(report.preset) }), "The form holds what this LoRA says it was trained with.")) },
+    "Train again from this LoRA");
+    const table = report.rows.length && make("div", { class: "lw-scroll", tabIndex: 0, role: "region", "aria-label": "Details" },
+      make("table", { class: "lw-table" },
+        make("thead", {}, make("tr", {}, ...report.columns.map((name) => make("th", { scope: "col" }, name)))),
+        make("tbody", {}, ...report.rows.map((row) => make("tr", {}, ...row.map((cell) => make("td", {}, cell)))))));
+    return [...report.lines.map((line) => make("p", {}, line)), ...report.warnings.map((line) => make("p", { class: "lw-note" }, line)), again, table].filter(Boolean);
+  }
+}

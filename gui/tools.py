@@ -1,0 +1,135 @@
+"""The Tools tab: forms made of the tools' declarations, and one tool at a time as a process of its own.
+
+What becomes of it stands in a folder, as with a run, so that a reloaded page or a restarted server
+finds it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gui import runs
+from gui.files import MODEL_ENDINGS, Roots
+from gui.form import shown
+from trainer import events
+from trainer.errors import LorawrightError, Problem
+from trainer.paths import EMBEDDED, resolve
+from trainer.run import EXIT_STOPPED, Run, write_whole
+from trainer.schema.declare import Parameter
+from trainer.tools.commands import TOOLS, Tool, problems_of
+
+MOST_LORAS = 200
+PATHS = ("file", "model", "lines")
+
+
+class Tools:
+    """The tools that the page offers, and the one that runs or ran last."""
+
+    def __init__(self, found: runs.Runs, roots: Roots) -> None:
+        self.runs = found
+        self.roots = roots
+        self.job = Run(found.folder / "tools")
+        self._lock = threading.Lock()
+
+    def offer(self) -> dict[str, Any]:
+        """Every tool's form, and LoRA files to choose from: of runs, the newest first, then of folders called models."""
+        outputs = (path for run_id in self.runs.ids() for path in self._saved(run_id))
+        loras = dict.fromkeys([*map(str, outputs), *self.roots.models()])
+        return {"tools": [_form(tool) for tool in TOOLS.values()], "loras": list(loras)[:MOST_LORAS]}
+
+    def _saved(self, run_id: str) -> Iterator[Path]:
+        folder = Run(self.runs.folder / run_id).output
+        yield from sorted(path for path in folder.glob("*") if path.suffix in MODEL_ENDINGS)
+
+    def start(self, name: str, entries: Mapping[str, Any]) -> list[Problem]:
+        """Start a tool. Returns what stands in the way; empty when it runs."""
+        tool = TOOLS[name]
+        values, problems = self._inside(tool, {key: entries.get(key, "") for key in tool.parameters})
+        problems = problems or list(problems_of(name, values))
+        if problems:
+            return problems
+        with self._lock:
+            if self.job.process() is not None:
+                return [Problem("", "A tool is running", "Stop it first, or wait for its end.")]
+            self.job.folder.mkdir(parents=True, exist_ok=True)
+            for file in (self.job.events, self.job.log, self.job.exit, self.job.pid):
+                file.unlink(missing_ok=True)
+            write_whole(self.job.config, json.dumps({"tool": name, "entries": dict(entries)}).encode())
+            words = tool.words({**values, "events": str(self.job.events)})
+            runs.launch(self.job, [*self.runs.trainer, *words], self.runs.root)
+        return []
+
+    def stop(self) -> None:
+        """Ask the tool to end; it removes what it has not finished."""
+        process = self.job.process()
+        if process is not None:
+            process.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
+
+    def poll(self, offset: int) -> dict[str, Any]:
+        """What the tool is doing, and what it said behind a byte offset of its events.
+
+        `state`: none, running, done, failed or stopped. An offset that is no longer there starts anew.
+        """
+        if not self.job.config.exists():
+            return {"state": "none"}
+        # Asked before the events are read, which are complete once the process is gone.
+        running = self.job.process() is not None
+        answer: dict[str, Any] = {**json.loads(self.job.config.read_text()), "state": "running", "offset": 0}
+        if self.job.events.exists():
+            offset = offset if offset <= self.job.events.stat().st_size else 0
+            answer["offset"] = offset
+            for event, behind in events.read(self.job.events, offset):
+                answer[str(event["type"])] = event
+                answer["offset"] = behind
+        if "report" in answer:
+            answer["state"] = "done"
+        elif "failed" in answer:
+            answer["state"] = "stopped" if answer["failed"]["kind"] == "stopped" else "failed"
+        elif not running:
+            cause = runs.cause(self.job, None)
+            stopped = runs.exit_code(self.job) == EXIT_STOPPED
+            answer["state"] = "stopped" if stopped else "failed"
+            answer["failed"] = {"message": f"{cause.title}. {cause.message}", "hint": cause.hint}
+        return answer
+
+    def _inside(self, tool: Tool, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+        """The values with whole paths, and a problem for each path that leads outside the allowed folders."""
+        found, problems = dict(values), []
+        for key, p in tool.parameters.items():
+            if p.kind in PATHS:
+                lines = []
+                for line in filter(str.strip, str(values[key]).splitlines()):
+                    try:
+                        path = self.runs.root / resolve(line)
+                    except LorawrightError as error:
+                        problems.append(Problem(key, p.label, str(error)))
+                        continue
+                    if not line.strip().startswith(EMBEDDED) and not self.roots.holds(path):
+                        problems.append(
+                            Problem(key, p.label, f'"{line}" is outside the folders that this page may use')
+                        )
+                    lines.append(str(path))
+                found[key] = "\n".join(lines)
+        return found, problems
+
+
+def _form(tool: Tool) -> dict[str, Any]:
+    fields = [_field(p) for p in tool.parameters.values()]
+    return {"name": tool.name, "label": tool.label, "summary": tool.summary, "inputs": tool.inputs, "fields": fields}
+
+
+def _field(p: Parameter) -> dict[str, Any]:
+    named = ("key", "label", "kind", "help", "allowed", "blank", "choices")
+    return {
+        **{name: value for name, value in asdict(p).items() if name in named},
+        "allowed": p.allowed,
+        "default": shown(p, p.default) if p.kind != "switch" else p.default,
+        "when": {other: list(values) for other, values in p.when.items()},
+    }
