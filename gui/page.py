@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,28 @@ from gui.files import Roots
 from gui.gradio_import import gr
 from gui.presets import Presets
 from gui.runs import BusyError, Runs, kill
+from gui.tools import Tools
 from trainer import kohya
 from trainer.errors import ConfigError, Problem
 from trainer.run import REQUESTS, Run
 from trainer.schema import PARAMETERS, Section
 
 STATIC = Path(__file__).parent / "static"
-SCRIPTS = ("dom", "banner", "form", "find", "files", "chart", "log", "samples", "live", "bar", "lists", "begin")
+SCRIPTS = (
+    "dom",
+    "banner",
+    "form",
+    "find",
+    "files",
+    "chart",
+    "log",
+    "samples",
+    "live",
+    "bar",
+    "lists",
+    "tools",
+    "begin",
+)
 PARAMETER_TABS = ("Basic", "Advanced")
 MOST_RUNS = 100
 FIRST = "shipped/first-steps"
@@ -169,6 +185,23 @@ class Desk:
     def listing(self, ask: Ask) -> Answer:
         return self.roots.listing(str(ask["path"]), bool(ask["files"]))
 
+    @cached_property
+    def tools(self) -> Tools:
+        return Tools(self.runs, self.roots)
+
+    def offer_tools(self, ask: Ask) -> Answer:
+        return self.tools.offer()
+
+    def start_tool(self, ask: Ask) -> Answer:
+        return {"problems": [asdict(problem) for problem in self.tools.start(str(ask["tool"]), ask["entries"])]}
+
+    def stop_tool(self, ask: Ask) -> Answer:
+        self.tools.stop()
+        return {"done": True}
+
+    def poll_tool(self, ask: Ask) -> Answer:
+        return self.tools.poll(int(ask["offset"]))
+
     def _run(self, ask: Ask) -> Run | None:
         return self.runs.find(str(ask["run"])) if ask.get("run") else None
 
@@ -189,6 +222,10 @@ class Desk:
             "settings": self.settings,
             "download": self.download,
             "listing": self.listing,
+            "tools": self.offer_tools,
+            "tool_start": self.start_tool,
+            "tool_stop": self.stop_tool,
+            "tool_poll": self.poll_tool,
         }
         return [_named(name, function) for name, function in offered.items()]
 
@@ -254,7 +291,7 @@ def theme() -> gr.themes.Base:
 
 def style() -> str:
     """The style sheet, for the page's head: Gradio rewrites what is given as css."""
-    return f"<style>\n{_text('page.css')}\n</style>"
+    return f"<style>\n{_text('page.css')}\n{_text('tools.css')}\n</style>"
 
 
 def _text(name: str) -> str:
@@ -293,6 +330,8 @@ def build(desk: Desk) -> gr.Blocks:
                     elif tab not in PARAMETER_TABS:
                         with gr.Tab(tab, elem_id=form.tab_id(tab)):
                             widgets.update(form.widgets(tab))
+                with gr.Tab("Tools", elem_id="tab-tools"):
+                    gr.HTML(_markup("tools"), apply_default_css=False)
                 with gr.Tab("Config (JSON)", elem_id="tab-json"):
                     gr.HTML(_markup("json"), apply_default_css=False)
                 with gr.Tab("Runs", elem_id="tab-runs"):

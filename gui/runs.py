@@ -112,20 +112,7 @@ class Runs:
             # The key is in no file: the trainer finds it where the wandb package looks for it.
             key = str(values.get("wandb_api_key") or "")
             secrets = {"WANDB_API_KEY": key} if key else {}
-            with run.log.open("ab") as log:
-                process = subprocess.Popen(  # noqa: S603
-                    [*self.trainer, "train", str(run.config), "--run", str(run.folder)],
-                    cwd=self.root,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **secrets},
-                )
-            _write_pid(run, process.pid)
-        threading.Thread(
-            target=_await_exit, args=(run, process), name=f"exit of {run.folder.name}", daemon=True
-        ).start()
+            launch(run, [*self.trainer, "train", str(run.config), "--run", str(run.folder)], self.root, secrets)
         return run
 
     def summary(self, run_id: str) -> dict[str, Any]:
@@ -143,6 +130,22 @@ class Runs:
             "loss": step.get("average_loss") if step else None,
             "files": [e["path"] for e in tail if e["type"] == "saved" and e["what"] == "final"],
         }
+
+
+def launch(run: Run, command: Sequence[str], folder: Path, secrets: Mapping[str, str] | None = None) -> None:
+    """Start a process of its own that outlives the page; what it prints, its id and its end go to the run's folder."""
+    with run.log.open("ab") as log:
+        process = subprocess.Popen(  # noqa: S603
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **(secrets or {})},
+        )
+    _write_pid(run, process.pid)
+    threading.Thread(target=_await_exit, args=(run, process), name=f"exit of {run.folder.name}", daemon=True).start()
 
 
 def began(run: Run) -> float:

@@ -15,6 +15,7 @@ async function begin(server) {
   new Finder(form);
   new RunList(server, live);
   new Json(server, form, bar);
+  new Tools(server, form, bar);
   bar.offer(hello.presets);
   await form.fill(hello.draft.entries, hello.draft.kept);
   document.documentElement.dataset.lorawright = "ready";

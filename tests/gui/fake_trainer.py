@@ -17,10 +17,12 @@ from pathlib import Path
 from PIL import Image
 
 from trainer import kohya
+from trainer.__main__ import main
 from trainer.errors import ConfigError
 from trainer.events import Ended, EventLog, Failed, Phase, Sample, Saved, Started, Step, Warned
 from trainer.run import Run
 from trainer.schema import parse
+from trainer.tools.commands import TOOLS
 
 
 def check(path: Path) -> int:
@@ -105,4 +107,6 @@ def save(run: Run, events: EventLog, step: int, what: str) -> str:
 
 if __name__ == "__main__":
     command, *rest = sys.argv[1:]
+    if command in TOOLS:
+        sys.exit(main())
     sys.exit(check(Path(rest[0])) if command == "check" else train(Path(rest[0]), Path(rest[2])))
