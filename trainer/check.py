@@ -21,7 +21,7 @@ from trainer.errors import ConfigError, DataError, LorawrightError, Problem
 from trainer.kohya import Note, Preset
 from trainer.length import Length
 from trainer.lora.recognise import Lora, recognise
-from trainer.models import families
+from trainer.models import families, hub
 from trainer.models.facts import FAMILIES
 from trainer.models.families import Found
 from trainer.paths import resolve, shown
@@ -136,12 +136,16 @@ def settings(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
 
 
 def _model(config: Config) -> tuple[Found | None, list[Problem]]:
-    key = "pretrained_model_name_or_path"
+    key, source = "pretrained_model_name_or_path", config.model.path.strip()
     try:
-        found = families.detect(families.locate(config.model.path))
+        found = families.detect(families.locate(source), complete=not hub.is_name(source))
+        awaited = sum(hub.files(source).values()) if hub.is_name(source) and not hub.folder(source) else 0
     except LorawrightError as error:
         return None, [problem_with(key, error)]
     wrong = []
+    if awaited:
+        what = f'"{source}" is not on this machine yet: {awaited / 1e9:.1f} GB are fetched from huggingface.co at the start.'
+        wrong.append(problem_with(key, what, "warning"))
     if not config.model.path.strip() and config.folders.images.strip() and "embedded:" not in config.folders.images:
         wrong.append(
             problem_with(

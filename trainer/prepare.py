@@ -92,20 +92,28 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
     buckets = Buckets(config.data)
     placements = [buckets.place(picture.size) for picture in dataset.pictures]
 
+    def fetching(done: int, total: int) -> None:
+        emit(Phase("fetching the base model (MB)", done // 10**6, total // 10**6))
+        check()
+
     emit(Phase("loading the base model"))
     model = models.load(
         config.model.path,
         config.model.vae,
         dtype,
-        accelerator.device,
+        torch.device("cpu"),
         config.captions.clip_skip,
         config.captions.max_tokens,
         prediction="v_prediction" if config.model.v_parameterization else "epsilon",
         vae_dtype=torch.float32 if config.model.full_vae else None,
+        progress=fetching,
     )
     if config.objective.zero_terminal_snr:
         model.schedule = model.schedule.with_zero_terminal_snr()
-    _choose_attention(model, training, accelerator.device)
+    # Each part goes to the device when its turn comes, so that the U-Net is not there beside the VAE's work.
+    model.device = device = accelerator.device
+    model.schedule = model.schedule.to(device)
+    _choose_attention(model, training, device)
     if training.checkpointing:
         model.unet.enable_gradient_checkpointing()
         for encoder in model.text_encoders.values():
@@ -117,6 +125,7 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
         check()
 
     latents = None
+    model.vae.to(device)
     if config.data.cache_latents:
         latents = cache.encode_all(
             dataset.pictures,
@@ -132,13 +141,16 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
         model.vae.to("cpu")
     prompts = parse(config.samples.prompts)
     captions = prompt_texts = None
+    for encoder in model.text_encoders.values():
+        encoder.to(device)
     if config.captions.cache_states:
         captions = texts.encode_captions(dataset.pictures, model, config.captions, partial(progress, "captions"))
         prompt_texts = texts.of_prompts(model, [text for prompt in prompts for text in prompt.texts])
         for encoder in model.text_encoders.values():
             encoder.to("meta")
     _make_compact(model, training, with_text_encoders=not config.captions.cache_states)
-    if accelerator.device.type == "cuda":
+    model.unet.to(device)
+    if device.type == "cuda":
         torch.cuda.empty_cache()
 
     emit(Phase("building the network"))
@@ -244,7 +256,8 @@ def _make_compact(model: Any, training: Training, *, with_text_encoders: bool) -
     if training.fp8_base and with_text_encoders:
         kinds["text_encoder"] = "fp8"
     for part, kind in kinds.items():
-        compact((t.layer for t in model.targets().values() if t.part == part and t.place != "edge"), kind)
+        layers = (t.layer for t in model.targets().values() if t.part == part and t.place != "edge")
+        compact(layers, kind, model.device)
 
 
 def _network(config: Config, model: Any, seed: int) -> Network:

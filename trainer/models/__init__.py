@@ -21,6 +21,7 @@ height and width that are aimed at. Families that are not conditioned on them pa
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -120,15 +121,17 @@ def load(
     *,
     prediction: str = "",
     vae_dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Any:
     """Load the base model that `source` names (empty: the embedded one), frozen, on `device`.
 
     `prediction`: "epsilon" or "v_prediction"; empty: what the model says of itself, else noise. `vae_dtype`: the
-    VAE's, where it is to be another. Raises ModelError when it is not a model, or of a family that is not supported.
+    VAE's, where it is to be another. `progress(done, total)` is told the bytes of a model that is fetched. Raises
+    ModelError when it is not a model, or of a family that is not supported.
     """
     from trainer.models import facts, families
 
-    path = families.locate(source)
+    path = families.locate(source, progress)
     found = families.detect(path)
     family = facts.FAMILIES[found.family]
     kind = getattr(importlib.import_module(family.module), family.kind)

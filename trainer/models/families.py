@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.errors import ModelError
-from trainer.models import layout, pickled
+from trainer.models import hub, layout, pickled
 from trainer.models.facts import FAMILIES, Family
 from trainer.paths import absent, base_model, resolve, shown
 from trainer.tensorfile import Header, TensorInfo, header
@@ -43,25 +43,26 @@ class Found:
     zero_terminal_snr: bool = False
 
 
-def locate(source: str) -> Path:
+def locate(source: str, progress: hub.Progress | None = None) -> Path:
     """The path of the base model that the settings name; empty means the embedded one.
 
-    Raises ModelError for names of online models, and for what does not exist.
+    A model that is named as on huggingface.co is fetched where it is not in its cache: as a whole where `progress` is
+    given, otherwise its configs alone. Raises ModelError for what does not exist.
     """
     path = base_model(source)
     if os.path.exists(path):  # noqa: PTH110  answers False where pathlib raises
         return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source.strip()) and not source.strip().startswith("."):
-        raise ModelError(
-            f'"{source.strip()}" is the name of a model on huggingface.co; nothing is loaded from the network here.',
-            f"Download it (hf download {source.strip()} --local-dir FOLDER) and enter that folder.",
-        )
+    if hub.is_name(source):
+        return hub.fetch(source.strip(), progress) if progress else hub.configs(source.strip())
     raise ModelError(_sentence(absent(source.strip() or str(path), "file or folder")))
 
 
-def detect(path: Path) -> Found:
-    """Which base model `path` is. Raises ModelError when it is none, or not one that LoRAs can be trained for here."""
-    found = _folder(path) if path.is_dir() else _file(path)
+def detect(path: Path, *, complete: bool = True) -> Found:
+    """Which base model `path` is; where not `complete`, a folder may have its configs alone.
+
+    Raises ModelError when it is none, or not one that LoRAs can be trained for here.
+    """
+    found = _folder(path, complete) if path.is_dir() else _file(path)
     if found.family not in FAMILIES:
         raise ModelError(f'"{shown(path)}" is {found.what}.', f"Choose a base model of {TITLES}.")
     return found
@@ -250,7 +251,7 @@ _PIPELINES = {
 }
 
 
-def _folder(path: Path) -> Found:
+def _folder(path: Path, complete: bool) -> Found:
     if not (path / "unet").is_dir() and not (path / "model_index.json").is_file():
         raise _no_model_in(path)
     index = _json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
@@ -270,7 +271,7 @@ def _folder(path: Path) -> Found:
         return Found("sdxl-refiner", "", "diffusers", REFINER, width)
     family = _most_alike(unet)
     configs = {part: _json(path / part / "config.json") for part in family.parts}
-    for part in family.parts:
+    for part in family.parts if complete else ():
         for file in weight_files(path / part):
             header(file)
     scheduler = path / "scheduler" / "scheduler_config.json"
