@@ -17,7 +17,7 @@ which know all types: what is to be added to a layer's weight and bias for the f
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,9 +25,9 @@ import torch
 
 from trainer.errors import ModelError
 from trainer.models import Target
-from trainer.networks.blocks import SizeOf, is_norm, uniform
+from trainer.networks.blocks import SIGNS, SizeOf, is_norm, uniform
 from trainer.networks.lycoris_layers import decomposed
-from trainer.schema import algorithms
+from trainer.schema import PARAMETERS, algorithms
 from trainer.schema.network import Network as Settings
 
 
@@ -147,7 +147,8 @@ class Network(torch.nn.Module):
                 f"{f' (the first: {missing[0]})' if missing else ''}, and {len(extra)} of the file have no place here"
                 f"{f' (the first: {extra[0]})' if extra else ''}.",
                 "The file was made with other settings: choose its LoRA type, and train the same parts (U-Net, "
-                "text encoder) and blocks as it holds.",
+                "text encoder) and blocks as it holds; "
+                f"{_told_by(missing + extra)}or let DIM from weights (dim_from_weights) take them from the file.",
             )
         for name, tensor in tensors.items():
             if own[name].shape != tensor.shape:
@@ -158,6 +159,16 @@ class Network(torch.nn.Module):
                 )
         for name, module in self.layers.items():
             module.take({key: tensors[f"{name}.{key}"] for key in module.saved()})  # type: ignore[operator]
+
+
+def _told_by(names: Iterable[str]) -> str:
+    """The controls that explain tensors which are only in one of two networks, in words."""
+    roles = {name.partition(".")[2] for name in names}
+    fields = [field for field, signs in SIGNS.items() if signs & roles]
+    controls = [p for p in PARAMETERS.values() if p.group == "network" and p.name in fields]
+    if not controls:
+        return ""
+    return f"here {', '.join(f'{p.label} ({p.key})' for p in controls)} makes the difference: set it as it was, "
 
 
 def build(settings: Settings, targets: Mapping[str, Target], parts: set[str], size_of: SizeOf | None = None) -> Network:

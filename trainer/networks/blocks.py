@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from trainer.models import Target
 from trainer.schema import Config
 from trainer.schema.algorithms import USES
+from trainer.schema.network import Network as Settings
 
 DIFFUSERS = re.compile(r"_(down|up)_blocks_(\d+)_(resnets|attentions|downsamplers|upsamplers)_(\d+)_")
 ORIGINAL = re.compile(r"^lora_unet_(input_blocks|middle_block|output_blocks)_(\d+)_")
@@ -19,6 +20,17 @@ ATTENTION = re.compile(r"_(attn1|attn2|self_attn)_")
 # Tensors with the rank as their first size, or the last.
 RANKED = {"lora_down.weight": 0, "hada_w1_b": 0, "lokr_w2_b": 0, "lokr_w1_b": 0, "b2.weight": 0, "oft_blocks": -1}
 RANKLESS = ("on_input", "diff", "w_norm")
+
+
+# The switches that a file's tensors tell of, by the field of trainer/schema/network.py.
+SIGNS = {
+    "tucker": {"lora_mid.weight", "hada_t1"},
+    "cp": {"lokr_t2"},
+    "dora": {"dora_scale"},
+    "decompose_both": {"lokr_w1_a"},
+    "rescaled": {"rescale"},
+    "norms": {"w_norm"},
+}
 
 
 class Size(NamedTuple):
@@ -59,7 +71,9 @@ REACHED: dict[str, Callable[[str, Target], bool]] = {
     "attn-mlp": lambda name, target: target.place == "attention",
     "attn-only": lambda name, target: target.place == "attention" and bool(ATTENTION.search(name)),
     "unet-transformer-only": lambda name, target: (target.part, target.place) == ("unet", "attention"),
-    "unet-convblock-only": lambda name, target: target.place == "resnet" or "_unet_conv_" in name,
+    "unet-convblock-only": lambda name, target: (
+        target.place == "resnet" or (target.place == "edge" and is_large(target.layer))
+    ),
 }
 
 
@@ -79,13 +93,28 @@ def from_file(tensors: Mapping[str, torch.Tensor]) -> SizeOf:
     def size_of(name: str, target: Target) -> Size:
         sizes = [tensors[f"{name}.{key}"].shape[at] for key, at in RANKED.items() if f"{name}.{key}" in tensors]
         alpha = float(tensors.get(f"{name}.alpha", torch.tensor(0)))
-        if not sizes and f"{name}.lokr_w1" in tensors:  # both of its factors are whole; alpha is the rank asked for
-            sizes = [int(alpha)]
+        if not sizes and f"{name}.lokr_w2" in tensors:  # both of its factors are whole, as with a rank that is large
+            sizes = [max(tensors[f"{name}.lokr_w2"].shape)]
         if any(f"{name}.{key}" in tensors for key in RANKLESS):
             sizes = [1]
         return Size(sizes[0], alpha or sizes[0]) if sizes else Size(0, 0)
 
     return size_of
+
+
+def settings_of_file(settings: Settings, tensors: Mapping[str, torch.Tensor]) -> Settings:
+    """The settings with what a LoRA file's tensors tell of how its layers are made; sizes apart."""
+    roles = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+    told: dict[str, Any] = {name: bool(signs & roles.keys()) for name, signs in SIGNS.items()}
+    if "on_input" in roles:
+        told["on_input"] = bool(roles["on_input"])
+    if "oft_blocks" in roles:
+        told["constraint"] = float(roles.get("alpha", 0))
+    if {"lokr_w1", "lokr_w1_a"} & roles.keys():
+        from trainer.networks.lokr import factor_of  # its library takes seconds to load
+
+        told["factor"] = factor_of(tensors)
+    return settings.model_copy(update=told)
 
 
 def from_settings(config: Config, weights: Sequence[float] | None) -> SizeOf:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from lycoris.functional.general import factorization
 from lycoris.modules.lokr import LokrModule
 
 from trainer.networks.lycoris_layers import Trained
 from trainer.networks.standard import strength
 from trainer.schema.network import Network as Settings
+
+ROLES = ("w1", "w1_a", "w2", "w2_a", "t2")
 
 
 def weight_update(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
@@ -26,6 +29,17 @@ def weight_update(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> 
     rank = next((len(t[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in t), None)
     scaled = small if rank is None else small * strength(t, rank)
     return torch.kron(scaled.view(*small.shape, *[1] * (large.ndim - 2)), large)
+
+
+def factor_of(tensors: Mapping[str, torch.Tensor]) -> int:
+    """The factor that a file's small matrices were made with; -1 where it was left to the layers' sizes."""
+    rows = []  # of the small matrix and of the large one, layer by layer
+    for layer in {name.partition(".")[0] for name in tensors if ".lokr_w1" in name}:
+        roles = {role: tensors[f"{layer}.lokr_{role}"] for role in ROLES if f"{layer}.lokr_{role}" in tensors}
+        large = roles["w2"] if "w2" in roles else roles["w2_a"]
+        rows.append((len(roles.get("w1", roles.get("w1_a"))), large.shape[1 if "t2" in roles else 0]))
+    candidates = [-1, *sorted({small for small, _ in rows}, reverse=True)]
+    return next((f for f in candidates if all(factorization(a * b, f)[0] == a for a, b in rows)), -1)
 
 
 class LoKrLayer(Trained, LokrModule):
