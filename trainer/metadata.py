@@ -75,6 +75,7 @@ def describe(
     prediction = "v_prediction" if config.model.v_parameterization else "epsilon"
     multires = noise.noise_type == "Multires" and noise.multires_iterations > 0
     original = noise.noise_type == "Original" and noise.noise_offset > 0
+    timesteps = noise.min_timestep, noise.max_timestep
     arguments = ",".join(f"{k}={v}" for k, v in optim.arguments.items())
     seen = {
         reg: sum(r for p, r in zip(dataset.pictures, repeats, strict=True) if p.regularisation == reg)
@@ -158,6 +159,7 @@ def describe(
         "modelspec.prediction_type": "v" if config.model.v_parameterization else "epsilon",
         **{f"modelspec.{name}": text for name, text in _words(config.saving).items() if text},
         **({"modelspec.encoder_layer": captions.clip_skip} if captions.clip_skip > 1 else {}),
+        **({"modelspec.timestep_range": "{},{}".format(*timesteps)} if timesteps != (0, 1000) else {}),
         **UNUSED,
     }
     return Description({key: str(value) for key, value in values.items()})

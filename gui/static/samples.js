@@ -10,6 +10,7 @@ class Samples {
 
   clear() {
     this.pictures = new Map(); // step → prompt's index → sample
+    this.without = new Map(); // prompt's index → the picture without the LoRA, where one was drawn
     this.prompts = new Map();
     this.grid.replaceChildren();
     this.show();
@@ -21,6 +22,7 @@ class Samples {
     if (!samples.length) return false;
     const atEnd = Number(this.slider.value) >= this.steps().length - 1;
     for (const sample of samples) {
+      if (sample.strength === 0) { this.without.set(sample.index, sample); continue; }
       if (!this.pictures.has(sample.step)) this.pictures.set(sample.step, new Map());
       this.pictures.get(sample.step).set(sample.index, sample);
       this.prompts.set(sample.index, sample.prompt);
@@ -41,10 +43,11 @@ class Samples {
     byId("lw-sample-at").textContent = at === 0 ? "before training" : `step ${at}`;
     const first = steps[0];
     this.grid.replaceChildren(...[...this.prompts.keys()].sort((a, b) => a - b).map((index) => {
-      const before = first === 0 && at !== 0 ? this.pictures.get(0).get(index) : null;
+      const without = this.without.get(index);
+      const before = without || (first === 0 && at !== 0 ? this.pictures.get(0).get(index) : null);
       const now = this.pictures.get(at).get(index);
       return make("figure", { class: "lw-sample" },
-        make("div", { class: "lw-pair" }, before ? this.picture(before, "before") : null,
+        make("div", { class: "lw-pair" }, before ? this.picture(before, without ? "without LoRA" : "before") : null,
           now ? this.picture(now, at === 0 ? "before" : `step ${at}`) : make("div", { class: "lw-none" }, "not drawn at this step")),
         make("figcaption", { title: this.prompts.get(index) }, this.prompts.get(index)));
     }));
@@ -62,12 +65,12 @@ class Samples {
     const dialog = make("dialog", { class: "lw-dialog lw-large", "aria-label": "Sample" }, make("figure", {}, image, text),
       make("button", { class: "lw-close", type: "button", "aria-label": "Close", onclick: () => dialog.close() }, "×"));
     let { step, index } = sample;
-    const show = () => {
-      const found = this.pictures.get(step)?.get(index);
+    const show = (found) => {
       if (!found) return;
+      const when = found.strength === 0 ? "without the LoRA" : step === 0 ? "before training" : `step ${step}`;
       image.src = fileAddress(found.path);
-      image.alt = `${found.prompt}, step ${step}`;
-      text.textContent = `${step === 0 ? "before training" : `step ${step}`} · seed ${found.seed} · ${found.prompt}`;
+      image.alt = `${found.prompt}, ${when}`;
+      text.textContent = `${when} · seed ${found.seed} · ${found.prompt}`;
     };
     dialog.addEventListener("keydown", (event) => {
       const steps = this.steps(), prompts = [...this.prompts.keys()].sort((a, b) => a - b);
@@ -78,12 +81,12 @@ class Samples {
       else if (event.key === "ArrowUp") index = move(prompts, index, -1);
       else return;
       event.preventDefault();
-      show();
+      show(this.pictures.get(step)?.get(index));
     });
     dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
     dialog.addEventListener("close", () => dialog.remove());
     document.body.append(dialog);
-    show();
+    show(sample);
     dialog.showModal();
   }
 }

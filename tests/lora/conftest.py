@@ -71,7 +71,7 @@ def adapted_unet(alpha: int, pattern: dict[str, int] | None = None, dora: bool =
 
 def delta(module) -> torch.Tensor:
     """The ΔW that PEFT adds to a layer."""
-    return module.get_delta_weight("default").detach()
+    return module.get_delta_weight(next(iter(module.lora_A))).detach()
 
 
 def cloneofsimo() -> tuple[dict[str, torch.Tensor], dict[str, str]]:

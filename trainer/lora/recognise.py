@@ -140,9 +140,10 @@ def by_layer(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return layers
 
 
-def recognise(text: str | Path) -> Lora:
+def recognise(text: str | Path, missing_alpha: Literal["", "rank"] = "") -> Lora:
     """What the LoRA file of this name (as entered) is.
 
+    `missing_alpha` "rank": take the rank for an alpha that a file of kohya's naming lacks.
     Raises ModelError, saying what is wrong with it and what to do, for a file that is missing,
     damaged, no LoRA, one for another kind of model, or malformed.
     """
@@ -170,7 +171,7 @@ def recognise(text: str | Path) -> Lora:
         )
     tensors = {ours: head.tensors[name] for name, ours in names.items()}
     alphas: dict[str, float] = {}
-    if naming != "kohya":
+    if naming != "kohya" or missing_alpha:
         layers = {kohya(place.layer, family): place.layer for place in found.values()}
         alphas, note = _alphas(path, head.metadata, layers, tensors)
         notes += note
@@ -380,7 +381,7 @@ def _require_whole(path: Path, tensors: Mapping[str, TensorInfo], alphas: Mappin
                 raise _malformed(
                     path,
                     f"{name} has no alpha, so how strong it is meant to be is not known",
-                    "Most programs then take the rank. If that is meant, convert the file with alpha set to rank.",
+                    "Most programs then take the rank. If that is meant, convert the file with --alpha rank.",
                 )
             what = f"lacks {' and '.join(sorted(lacking))}" if lacking else f"has both {' and '.join(sorted(there))}"
             raise _malformed(path, f"{name} {what}", "The file is incomplete; fetch or make it again.")
