@@ -86,8 +86,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for packages, pictures, states and the log")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("base.safetensors"))
     parser.add_argument("--autoencoder-steps", type=int, default=2000)
-    parser.add_argument("--denoiser-steps", type=int, default=6000)
-    parser.add_argument("--decoder-steps", type=int, default=1500)
+    parser.add_argument("--denoiser-steps", type=int, default=4800)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -102,11 +101,7 @@ def main() -> None:
 
     collection = Collection.prepare(args.work)
     autoencoder = train_autoencoder(collection, args.work / "autoencoder.pt", args.autoencoder_steps, args.seed)
-    denoiser = train_denoiser(
-        collection, autoencoder, args.work / "denoiser.pt", args.denoiser_steps, args.seed, args.out
-    )
-    train_decoder(collection, autoencoder, args.work / "decoder.pt", args.decoder_steps, args.seed)
-    export(args.out, autoencoder=autoencoder, **denoiser)
+    train_denoiser(collection, autoencoder, args.work / "denoiser.pt", args.denoiser_steps, args.seed, args.out)
 
 
 # Pictures
@@ -281,36 +276,13 @@ def reconstruction_psnr(model, images: torch.Tensor, batch: int = 32) -> float:
     return sum(values).item() / len(images)
 
 
-def train_decoder(collection: Collection, autoencoder, state_path: Path, steps: int, seed: int, batch: int = 4) -> None:
-    """Goes on with the decoder alone: the latents stay, so the denoiser that learned them stays right."""
-    torch.manual_seed(seed)
-    latents = encode_means(autoencoder, collection.images)
-    deviation = latents.std()
-    parts = {"decoder": autoencoder.decoder, "post_quant_conv": autoencoder.post_quant_conv}
-    parameters = [weight for part in parts.values() for weight in part.parameters()]
-    optimizer = Muon(parameters, lr=1e-3)
-    training = Training(state_path, parts, optimizer, steps, decay_from=0.3, peak=1e-3)
-    training.restore()
-    while training.step < steps:
-        numbers = torch.randint(len(latents), (batch,))
-        # A little noise, since the denoiser's latents will not be exact either.
-        noisy = latents[numbers] + 0.03 * deviation * torch.randn(batch, *latents.shape[1:])
-        training.set_rate()
-        with torch.autocast("cpu", torch.bfloat16):
-            drawn = autoencoder.decode(noisy.contiguous(memory_format=torch.channels_last)).sample
-        error = drawn.float() - as_floats(collection.images[numbers])
-        training.update(drawing_loss(error), {"dB": decibels(error)})
-    training.save()
-    log.info("decoder: %.2f dB", reconstruction_psnr(autoencoder, collection.known))
-
-
 # Text encoder and U-Net
 
 
 def train_denoiser(
     collection: Collection, autoencoder, state_path: Path, steps: int, seed: int, out: Path, batch: int = 16
-) -> dict:
-    """The averaged U-Net and text encoder, and the step that they come from."""
+) -> None:
+    """Trains both together, and writes their averages with the autoencoder: every few minutes, and at the end."""
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -339,8 +311,9 @@ def train_denoiser(
     schedule = Schedule.of(SCHEDULER)
     exported_at = time.monotonic()
 
-    def result() -> dict:
-        return {name.removesuffix("_average"): model for name, model in averages.items()} | {"step": training.step}
+    def write() -> None:
+        averaged = {name.removesuffix("_average"): model for name, model in averages.items()}
+        export(out, autoencoder=autoencoder, step=training.step, **averaged)
 
     while training.step < steps:
         numbers = torch.randint(len(latents), (batch,))
@@ -359,12 +332,11 @@ def train_denoiser(
         saved = training.update((squared * weights).mean(), {"error": squared.detach().mean()})
         follow(averages, models, min(0.9985, (1 + training.step) / (10 + training.step)))
         if saved and time.monotonic() - exported_at > 240:
-            export(out, autoencoder=autoencoder, **result())
+            write()
             exported_at = time.monotonic()
 
     training.save()
-    export(out, autoencoder=autoencoder, **result())
-    return result()
+    write()
 
 
 @torch.no_grad()
