@@ -109,47 +109,61 @@ def test_a_diffusers_folder_becomes_a_folder_with_the_same_weights_as_the_file(t
     torch.testing.assert_close(of_text["encoder.layers.1.mlp.fc1.weight"], whole[LAYERS[TEXT][0]])
 
 
-TYPES = ["LyCORIS/LoHa", "LyCORIS/LoKr", "LyCORIS/iA3", "LyCORIS/GLoRA", "LyCORIS/Diag-OFT", "LyCORIS/BOFT"]
+def test_types_whose_update_depends_on_the_weight_and_changes_of_biases(tiny_model, tmp_path, capsys):
+    """iA3 of the rows: W·(1 + s·w). DoRA: s of the way to lengths · (W + ΔW)/|W + ΔW|. Differences: W + s·D, b + s·d."""
+    name = LAYERS[CONV][0]
+    before = load_file(tiny_model)
+    weight, text = (before[LAYERS[layer][0]].double().numpy() for layer in (TO_Q, TEXT))
+    bias = before[name.replace("weight", "bias")].numpy()
+    draw = np.random.default_rng(0).normal
+    rows, diff, diff_b, lengths = draw(size=(32, 1)), draw(size=(32, 32, 3, 3)), draw(size=32), draw(size=(64, 1)) ** 2
+    up, down = draw(size=(64, 2)), draw(size=(2, 32))
+    tensors = {
+        f"{TO_Q}.weight": rows,
+        f"{TO_Q}.on_input": np.array(False),
+        f"{CONV}.diff": diff,
+        f"{CONV}.diff_b": diff_b,
+        f"{TEXT}.lora_up.weight": up,
+        f"{TEXT}.lora_down.weight": down,
+        f"{TEXT}.alpha": np.array(2.0),
+        f"{TEXT}.dora_scale": lengths,
+    }
+    path, out = tmp_path / "mixed.safetensors", tmp_path / "out.safetensors"
+    save_file(
+        {key: torch.tensor(value if value.dtype == bool else value.astype("f")) for key, value in tensors.items()}, path
+    )
+    merged(capsys, tiny_model, path, "--strengths", "0.5", "--output", out)
+    after = {key: tensor.double().numpy() for key, tensor in load_file(out).items()}
+    np.testing.assert_allclose(after[LAYERS[TO_Q][0]], weight * (1 + 0.5 * rows), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(after[name], before[name].numpy() + 0.5 * diff, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(after[name.replace("weight", "bias")], bias + 0.5 * diff_b, rtol=1e-4, atol=1e-5)
+    turned = text + up @ down
+    turned *= lengths / np.linalg.norm(turned, axis=1, keepdims=True)
+    np.testing.assert_allclose(after[LAYERS[TEXT][0]], text + 0.5 * (turned - text), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [*TYPES, "LyCORIS/Native Fine-Tuning"])
-def test_every_type_is_merged_as_it_was_trained(tiny_model, tmp_path, capsys, kind):
-    """The merged weights answer as the trained modules do, for a Linear, a 1×1 and a 3×3 convolution."""
-    from trainer.checkpoint import save_lora
-    from trainer.models import load
-    from trainer.networks import build
-    from trainer.networks.blocks import from_settings
-    from trainer.schema import parse
+@pytest.mark.parametrize("third", [0, 1, 2])
+def test_a_layer_that_openclip_holds_as_a_third_of_a_tensor_changes_that_third_alone(tiny_model, third):
+    from pathlib import Path
 
-    config = parse({"LoRA_type": kind, "network_dim": 4, "conv_dim": 4, "LyCORIS_preset": "full"})
-    cpu = torch.device("cpu")
-    base = load(str(tiny_model), "", torch.float32, cpu, 1, 75)
-    network = build(config.network, base.targets(), {"unet", "text_encoder"}, from_settings(config, None))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-    path, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
-    save_lora(path, network, "float", {})
-    merged(capsys, tiny_model, path, "--output", out)
-    whole = load(str(out), "", torch.float32, cpu, 1, 75)
-    network.attach()
-    network.eval()
-    latents, times = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([400])
-    with torch.no_grad():
-        states = [model.text_states(model.tokens(["a cat"])) for model in (base, whole)]
-        answers = [model.predict(latents, times, state) for model, state in zip((base, whole), states, strict=True)]
-        network.detach()
-        alone = base.predict(latents, times, states[0])
-    assert (answers[0] - alone).abs().max() > 1e-3, "the LoRA does something"
-    torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-4)
+    from trainer.tools.base import Place
+    from trainer.tools.merge import change
+
+    whole = torch.zeros(9, 4)
+    place = Place(Path("x"), "in_proj_weight", "weight", third)
+    roles = {"lora_up.weight": torch.ones(3, 1), "lora_down.weight": torch.ones(1, 4), "alpha": torch.tensor(1.0)}
+    change(place.of(whole), "weight", roles, 2.0, "q")
+    rows = whole.view(3, 3, 4).sum((1, 2))
+    assert rows.tolist() == [24.0 if i == third else 0.0 for i in range(3)]
 
 
 def test_a_lora_for_another_family_is_refused(tiny_model, tmp_path, capsys):
     path = tmp_path / "xl.safetensors"
     layer = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_k"
     up, down = torch.ones(4, 2), torch.ones(2, 2048)
-    save_file({f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down, f"{layer}.alpha": torch.ones(())}, path)
+    save_file(
+        {f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down, f"{layer}.alpha": torch.ones(())}, path
+    )
     code, said = run(capsys, "merge", tiny_model, path, "--output", tmp_path / "out.safetensors")
     assert code == 1 and "SDXL" in said
     assert not (tmp_path / "out.safetensors").exists()
