@@ -12,6 +12,7 @@ train_network.py, in turn with ours, and the ratios are printed. Needs 24 GB of 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import statistics
@@ -56,24 +57,28 @@ def main() -> None:
     show(found)
 
 
-def make_model(path: Path) -> Path:
-    """The full-size SD 1.5 with random weights, fp16, in the original layout."""
+def make_model(path: Path, family: str = "sd1") -> Path:
+    """A base model of full size with random weights, fp16, in the original layout."""
     if not path.exists():
         import torch
-        from safetensors.torch import save_file
 
         from trainer.models import facts, layout, sd
+        from trainer.tools.stream import write
 
-        family = facts.FAMILIES["sd1"]
-        torch.manual_seed(0)
-        parts = {n: module.to_empty(device="cpu") for n, module in sd.empty(family, family.configs).items()}
-        for module in parts.values():
-            for name, weight in module.named_parameters():
-                spread = weight[0].numel() ** -0.5 if weight.dim() > 1 else 0.0
-                torch.nn.init.normal_(weight, 1.0 if weight.dim() == 1 and name.endswith("weight") else 0.0, spread)
-        states = {name: module.half().state_dict() for name, module in parts.items()}
-        tensors = layout.to_original(states, family.configs, family)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        row = facts.FAMILIES[family]
+        states = {name: module.state_dict() for name, module in sd.empty(row, row.configs).items()}
+        shapes = {name: tuple(t.shape) for name, t in layout.to_original(states, row.configs, row).items()}
+        # Its length is a prime, so that no two rows of a weight are alike.
+        noise = torch.randn(4_194_301, generator=torch.Generator().manual_seed(0)).half()
+
+        def make(name: str) -> torch.Tensor:
+            shape = shapes[name]
+            if len(shape) < 2:
+                return torch.full(shape, float(name.endswith("weight")), dtype=torch.float16)
+            count, spread = math.prod(shape), math.prod(shape[1:]) ** -0.5
+            return (noise * spread).repeat(count // len(noise) + 1)[:count].view(shape)
+
+        write(path, {name: (torch.float16, shape) for name, shape in shapes.items()}, make, {})
     return path.resolve()
 
 

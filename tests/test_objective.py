@@ -34,6 +34,36 @@ def test_the_target_is_noise_or_velocity(schedule):
     assert torch.equal(objective.target(x, noise, t, schedule), expected)
 
 
+@pytest.mark.proves("zero_terminal_snr")
+def test_with_zero_terminal_snr_the_last_step_is_noise_alone_and_the_first_stays(schedule):
+    """√ᾱ is shifted and stretched evenly: differences keep their ratios (Lin et al. 2023, algorithm 1)."""
+    before, after = schedule.alphas_cumprod.sqrt(), schedule.with_zero_terminal_snr().alphas_cumprod.sqrt()
+    assert float(after[-1]) == 0
+    torch.testing.assert_close(after[0], before[0])
+    torch.testing.assert_close(after.diff(), before.diff() * before[0] / (before[0] - before[-1]), rtol=1e-3, atol=1e-7)
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(**schedule.config, rescale_betas_zero_snr=True).alphas_cumprod
+    torch.testing.assert_close(after.square(), theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.proves("scale_v_pred_loss_like_noise_pred", "debiased_estimation_loss", "v_parameterization")
+def test_velocity_losses_are_weighted_by_their_closed_forms_down_to_no_signal():
+    schedule = Schedule.of({**BETAS, "prediction_type": "v_prediction"}).with_zero_terminal_snr()
+    t = torch.tensor([0, 500, 999])
+    prediction, wanted = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    squares = (prediction - wanted).square().mean((1, 2, 3))
+    snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
+    assert float(snr[2]) == 0
+    for settings, weight in (
+        (Objective(scale_v_loss=True), snr.clamp(max=1000) / (snr.clamp(max=1000) + 1)),
+        (Objective(debiased=True), 1 / (snr.clamp(max=1000) + 1)),
+        (Objective(min_snr_gamma=5), snr.clamp(max=5) / (snr + 1)),
+    ):
+        loss = objective.loss_per_image(prediction, wanted, t, torch.ones(3), schedule, settings)
+        torch.testing.assert_close(loss, squares * weight)
+
+
 @pytest.mark.proves("noise_offset", "noise_offset_type")
 def test_offset_noise_adds_one_value_per_image_and_channel():
     latents = torch.randn(2, 4, 8, 8)

@@ -184,7 +184,7 @@ def test_sdxls_23_block_dims_are_the_ranks_in_the_file(sdxl, train, tmp_path):
     found = sizes_by_block(tmp_path / "out" / "photo.safetensors")
     linear = {block: sizes for (block, kind), sizes in found.items() if kind == "linear"}
     conv = {block: sizes for (block, kind), sizes in found.items() if kind == "conv"}
-    assert {4, 5, 7, 8, 10, 11, 12, 13, 18} <= set(linear)
+    assert {5, 6, 8, 9, 11, 13, 14, 15, 16, 17, 18} <= set(linear)
     assert linear == {block: {(1 + block, 0.5 + block)} for block in linear}
     assert set(range(2, 22)) - {11} == set(conv)  # only the middle attention has none
     assert conv == {block: {(24 - block, 2)} for block in conv}
@@ -254,10 +254,12 @@ def test_zero_terminal_snr_trains_and_every_sampler_starts_from_pure_noise(setti
     loss = loop.batch_loss(session, session.feed[0])
     assert float(loss.detach()) == 0  # min(SNR, γ) / (SNR + 1), of no signal
     for name in sampling.SAMPLERS:
+        if name.startswith("k_"):  # the same by another name
+            continue
         sampler = sampling.make_sampler(name, session.model.schedule)
         sampler.set_timesteps(4)
         assert int(sampler.timesteps[0]) >= (990 if name == "dpmsingle" else 999), name
-        image = sampling.draw(session.model, Prompt("a cat", steps=4), name, (64, 64), 1)
+        image = sampling.draw(session.model, Prompt("a cat", steps=2), name, (64, 64), 1)
         assert image.size == (64, 64)
 
 

@@ -118,10 +118,14 @@ class CompactConv(_Compact, torch.nn.Conv2d):
 CLASSES: dict[type, type] = {torch.nn.Linear: CompactLinear, torch.nn.Conv2d: CompactConv}
 
 
-def compact(layers: Iterable[torch.nn.Module], kind: str) -> None:
-    """Keep the weights of linear layers and convolutions as `kind` ("fp8", "int8", "nf4") from now on."""
+def compact(layers: Iterable[torch.nn.Module], kind: str, device: torch.device) -> None:
+    """Keep the weights of linear layers and convolutions on `device` as `kind` ("fp8", "int8", "nf4") from now on.
+
+    Other layers stay as they are.
+    """
     for layer in layers:
-        weight = layer.weight.detach()
-        del layer.weight
-        layer.packed = KINDS[kind](weight)
-        layer.__class__ = CLASSES[type(layer)]
+        if type(layer) in CLASSES:
+            weight = layer.weight.detach().to(device)
+            del layer.weight
+            layer.packed = KINDS[kind](weight)
+            layer.__class__ = CLASSES[type(layer)]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from trainer.data import cache
 from trainer.data.buckets import Placement
 from trainer.data.folders import Picture
+from trainer.errors import TrainingError
 
 
 class Model:
@@ -257,3 +258,22 @@ def test_entries_hold_tensors_and_what_they_were_made_from(pictures, tmp_path):
         "flipped": [4, 8, 8],
     }
     assert [path.name for path in entries(tmp_path)] == [f"{i}.png_64x64.safetensors" for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"), [(torch.float16, "No half VAE (sdxl_no_half_vae)"), (torch.float32, "another VAE (vae)")]
+)
+def test_latents_that_are_not_numbers_name_the_image_and_what_to_do(pictures, dtype, hint):
+    class Overflowing(Model):
+        def encode(self, pixels, generators):
+            latents = super().encode(pixels, generators)
+            latents[1] = float("nan")
+            return latents
+
+    model = Overflowing()
+    model.vae.dtype = dtype
+    with pytest.raises(TrainingError) as caught:
+        encode(pictures, model, batch_size=3, to_disk=False)
+    assert str(pictures[1].path) in caught.value.message
+    assert str(pictures[0].path) not in caught.value.message
+    assert hint in caught.value.hint
