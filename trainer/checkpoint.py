@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from trainer.errors import ModelError, TrainingError
+from trainer.errors import TrainingError
 from trainer.networks import Network
 from trainer.run import write_whole
 
@@ -94,14 +93,3 @@ def hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
         "sshs_model_hash": hashlib.sha256(data[header:]).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
     }
-
-
-def read_lora(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a LoRA file, float32. Raises ModelError when it is not one."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f'LoRA network weights: "{path}" cannot be read ({error}).', "Choose a .safetensors LoRA file."
-        ) from error

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -70,7 +70,7 @@ class Step(Event):
 
 @dataclass(frozen=True)
 class Sample(Event):
-    """A picture in the run's folder. `index` is the prompt's line among the prompts."""
+    """A picture in the run's folder. `index` is the prompt's line among the prompts, `strength` 0 without the LoRA."""
 
     type: ClassVar[str] = "sample"
     path: str
@@ -78,6 +78,7 @@ class Sample(Event):
     index: int
     seed: int
     step: int
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,27 @@ class Saved(Event):
     step: int
     epoch: int
     what: Literal["intermediate", "final", "state"]
+
+
+@dataclass(frozen=True)
+class Verified(Event):
+    """A LoRA file was read back from the disk.
+
+    `checks`: what was proved, in words; `problems`: what is wrong; `warnings`: what to know. `loads_in`:
+    the programs that load all of it; `passed_over`: why each of the others does not.
+    """
+
+    type: ClassVar[str] = "verified"
+    path: str
+    checks: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    loads_in: tuple[str, ...] = ()
+    passed_over: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def good(self) -> bool:
+        return not self.problems
 
 
 @dataclass(frozen=True)
