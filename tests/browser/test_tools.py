@@ -1,0 +1,79 @@
+import pytest
+from safetensors.torch import load_file
+
+from tests.browser.conftest import shown
+from tests.tools import loras
+
+
+def open_tools(page):
+    """The Tools tab; on a narrow page it stands in the overflow menu."""
+    page.evaluate(
+        "() => [...document.querySelectorAll('#form [role=tab], #form .overflow-dropdown button')]"
+        ".find((tab) => tab.textContent.trim() === 'Tools').click()"
+    )
+    page.wait_for_selector("#lw-tool-inspect")
+
+
+def ran(page):
+    page.wait_for_function("!document.getElementById('lw-tool-run').disabled", timeout=60000)
+    return page.inner_text("#lw-tool-result")
+
+
+@pytest.fixture
+def lora(server):
+    said = {"ss_network_dim": "4", "ss_learning_rate": "0.0003", "ss_seed": "77", "ss_base_model_version": "sd_v1"}
+    return loras.write(server.runs.parent / "files" / "style.safetensors", metadata=said)
+
+
+def test_a_lora_is_inspected_and_fills_the_form(server, visit, lora):
+    page = visit(server)
+    open_tools(page)
+    page.get_by_label("LoRA", exact=True).fill(str(lora))
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#lw-tool-result table", timeout=60000)
+    assert "Stable Diffusion 1.x" in ran(page)
+    page.get_by_role("button", name="Train again from this LoRA").click()
+    page.wait_for_selector("#lw-banner >> text=The form holds what this LoRA says")
+    page.evaluate(
+        "lorawright.opened = [...document.querySelectorAll('[role=tab]')].find((t) => t.textContent.trim() === 'Parameters').click()"
+    )
+    page.wait_for_selector("#field-seed input")
+    assert shown(page, "seed") == "77"
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_a_resize_names_its_output_reports_and_is_found_again(server, visit, lora, width):
+    page = visit(server, width=width)
+    open_tools(page)
+    page.get_by_role("tab", name="Resize").click()
+    page.get_by_label("LoRA", exact=True).fill(str(lora))
+    page.get_by_label("Rank", exact=True).fill("2")
+    out = lora.with_name("style-resized.safetensors")
+    assert page.get_by_label("Output", exact=True).input_value() == str(out)
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.wait_for_selector("#lw-tool-result table", timeout=60000)
+    assert len(load_file(out)[f"{loras.TO_Q}.lora_down.weight"]) == 2
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.reload()
+    page.wait_for_selector("html[data-lorawright=ready]", state="attached")
+    open_tools(page)
+    page.wait_for_selector("#lw-tool-result >> text=Written")
+
+
+def test_what_cannot_work_is_told_at_its_field_and_nothing_is_started(server, visit, lora):
+    page = visit(server)
+    open_tools(page)
+    page.get_by_role("tab", name="Inspect").focus()
+    page.keyboard.press("ArrowLeft")
+    assert page.get_by_role("tab", name="Convert").get_attribute("aria-selected") == "true"
+    page.get_by_role("tab", name="Merge LoRAs").click()
+    page.get_by_role("button", name="Add a LoRA").click()
+    page.get_by_label("LoRA 1", exact=True).fill(str(lora))
+    page.get_by_label("LoRA 2", exact=True).fill("/etc/passwd")
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.wait_for_selector("#lw-wrong-loras >> text=outside the folders")
+    page.get_by_label("LoRA 2", exact=True).fill(str(lora))
+    page.get_by_label("Rank", exact=True).fill("few")
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.wait_for_selector("#lw-wrong-rank >> text=a whole number")
+    assert not (server.runs / "tools" / "pid").exists()
