@@ -241,20 +241,30 @@ def test_a_locon_of_the_full_model_has_the_names_and_shapes_of_sd_scripts():
     assert {k: list(t.shape) for k, t in made.items()} == {k: shape for k, (shape, _) in expected.items()}
 
 
-def full_model_targets() -> dict[str, Target]:
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+def full_model_targets(family: str = "sd1") -> dict[str, Target]:
+    from trainer.models import Schedule, sd
 
-    from trainer.models import Schedule, facts, sd
-
-    family = facts.FAMILIES["sd1"]
-    configs = family.configs
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**configs["unet"])
-        text_encoder = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
-    schedule = Schedule.of(configs["scheduler"])
+    row = FAMILIES[family]
+    modules = sd.empty(row, row.configs)
+    encoders = {encoder.key: modules[encoder.part] for encoder in row.encoders}
+    schedule = Schedule.of(row.configs["scheduler"])
     cpu = torch.device("cpu")
-    return sd.StableDiffusion(family, unet, None, {"te": text_encoder}, schedule, torch.float32, cpu, 1, 75).targets()
+    return sd.StableDiffusion(row, modules["unet"], None, encoders, schedule, torch.float32, cpu, 1, 75).targets()
+
+
+@pytest.mark.proves("LoRA_type", "sdxl")
+@pytest.mark.parametrize("type", ["Standard", "Kohya LoCon"])
+def test_a_lora_of_the_full_sdxl_has_the_names_shapes_and_blocks_of_sd_scripts(type):
+    """722 modules of the U-Net and 72 and 192 of the text encoders; 788 of the U-Net for LoCon."""
+    theirs = reference.read("sdxl_modules")["modules"]
+    expected = {name: row for name, row in theirs.items() if row[2] or type == "Kohya LoCon"}
+    config = schema.parse({"sdxl": True, "LoRA_type": type, "conv_dim": 4, "conv_alpha": 1})
+    targets = full_model_targets("sdxl")
+    made = networks.build(config.network, targets, {"unet", "text_encoder"}, from_settings(config, None)).tensors()
+    shapes = {n: [list(made[f"{n}.lora_{way}.weight"].shape) for way in ("down", "up")] for n in expected}
+    assert {f"{n}.{key}" for n in expected for key in ("lora_down.weight", "lora_up.weight", "alpha")} == set(made)
+    assert shapes == {name: [down, up] for name, (down, up, _, _) in expected.items()}
+    assert {name: block_of(name) for name in expected} == {name: block for name, (*_, block) in expected.items()}
 
 
 @pytest.mark.proves("LoRA_type", "conv_dim")

@@ -1,4 +1,4 @@
-"""The LyCORIS types: the identity at the start, the formula of ΔW, files that LyCORIS reads, and what each control does."""
+"""The LyCORIS types: files that lycoris-lora itself reads, and what each control does."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from lycoris.modules.lokr import LokrModule
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.networks import layers
+from tests.networks.layers import CASES, LAYERS, case, module_for, randomised
 from tests.networks.test_blocks import full_model_targets
 from trainer import networks, schema
 from trainer.models import Target
@@ -24,39 +26,17 @@ from trainer.networks.blocks import block_of, from_settings
 from trainer.schema.algorithms import USES
 from trainer.schema.network import Network as Settings
 
-LAYERS = {
-    "linear": (lambda: torch.nn.Linear(24, 40), (3, 7, 24)),
-    "conv1": (lambda: torch.nn.Conv2d(24, 40, 1), (2, 24, 6, 5)),
-    "conv3": (lambda: torch.nn.Conv2d(24, 40, 3, stride=2, padding=1), (2, 24, 6, 5)),
-}
-VARIANTS = {
-    "plain": {},
-    "tucker": {"tucker": True, "cp": True},
-    "scalar": {"scalar": True},
-    "dora": {"dora": True},
-    "both": {"decompose_both": True, "factor": 4},
-    "output": {"on_input": False},
-    "rescaled": {"rescaled": True},
-    "constrained": {"constraint": 0.01, "rescaled": True},
-}
+__all__ = ["case"]
 THEIRS = {
-    "LyCORIS/LoCon": (LoConModule, "plain tucker scalar dora"),
-    "LyCORIS/LoHa": (LohaModule, "plain tucker scalar dora"),
-    "LyCORIS/LoKr": (LokrModule, "plain tucker scalar dora both"),
-    "LyCORIS/iA3": (IA3Module, "plain output"),
-    "LyCORIS/GLoRA": (GLoRAModule, "plain scalar"),
-    "LyCORIS/Diag-OFT": (DiagOFTModule, "plain rescaled constrained"),
-    "LyCORIS/BOFT": (ButterflyOFTModule, "plain rescaled constrained"),
-    "LyCORIS/Native Fine-Tuning": (FullModule, "plain"),
+    "LyCORIS/LoCon": LoConModule,
+    "LyCORIS/LoHa": LohaModule,
+    "LyCORIS/LoKr": LokrModule,
+    "LyCORIS/iA3": IA3Module,
+    "LyCORIS/GLoRA": GLoRAModule,
+    "LyCORIS/Diag-OFT": DiagOFTModule,
+    "LyCORIS/BOFT": ButterflyOFTModule,
+    "LyCORIS/Native Fine-Tuning": FullModule,
 }
-CASES = [(algorithm, variant) for algorithm, (_, variants) in THEIRS.items() for variant in variants.split()]
-
-
-@pytest.fixture(params=LAYERS)
-def case(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, torch.Tensor]:
-    torch.manual_seed(0)
-    make, shape = LAYERS[request.param]
-    return make().requires_grad_(False), torch.randn(shape)
 
 
 @pytest.fixture(params=THEIRS)
@@ -64,130 +44,9 @@ def algorithm(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=CASES, ids="-".join)
+@pytest.fixture(params=[case for case in CASES if case[0] in THEIRS], ids="-".join)
 def settings_of(request: pytest.FixtureRequest) -> Settings:
-    algorithm, variant = request.param
-    return Settings(type=algorithm, **VARIANTS[variant])
-
-
-def module_for(layer: torch.nn.Module, settings: Settings, rank: int = 4, alpha: float = 1.0) -> torch.nn.Module:
-    return networks.algorithm(settings.type).module_for(layer, rank, alpha, settings)
-
-
-def randomised(layer: torch.nn.Module, settings: Settings) -> torch.nn.Module:
-    module = module_for(layer, settings)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name not in ("scalar", "dora_scale"):
-                parameter.normal_(std=0.5)
-        if settings.scalar:
-            module.scalar.fill_(0.7)
-        if settings.dora:
-            module.dora_scale.mul_(1.3)
-    return module
-
-
-def change(saved: dict[str, torch.Tensor], frozen: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """ΔW from a file's tensors, as the papers have it."""
-    s = {name: tensor.detach() for name, tensor in saved.items()}
-    shape = frozen.shape
-    out = shape[0]
-
-    def product(a: str, b: str, t: str) -> torch.Tensor:
-        if t in s:
-            return torch.einsum("ijkl,ip,jr->prkl", s[t], s[a], s[b])
-        return s[a] @ s[b]
-
-    def rotation(block: torch.Tensor, norm: float) -> torch.Tensor:
-        q = block - block.T
-        if settings.constraint and norm > settings.constraint * out:
-            q = q * settings.constraint * out / norm
-        one = torch.eye(len(q))
-        return torch.linalg.solve(one - q, one + q)
-
-    if "diff" in s:
-        return s["diff"]
-    if "on_input" in s:
-        factors = s["weight"].flatten()
-        return torch.einsum("oi...,i->oi..." if s["on_input"] else "oi...,o->oi...", frozen, factors)
-    if "oft_blocks" in s:
-        norm = float((s["oft_blocks"] - s["oft_blocks"].mT).norm())
-        rescale = s.get("rescale", torch.ones(out, *[1] * (len(shape) - 1)))
-        whole = torch.eye(out)
-        if s["oft_blocks"].ndim == 3:
-            whole = torch.block_diag(*(rotation(block, norm).T for block in s["oft_blocks"]))
-        else:
-            for level, blocks in enumerate(s["oft_blocks"]):
-                near = butterfly(out, 2**level * blocks.shape[-1] // 2)
-                whole = near.T @ torch.block_diag(*(rotation(block, norm) for block in blocks)) @ near @ whole
-        return (whole @ frozen.flatten(1)).view(shape) * rescale - frozen
-    if "a1.weight" in s:
-        a1, a2, b1, b2 = (s[f"{name}.weight"].flatten(1) for name in ("a1", "a2", "b1", "b2"))
-        delta = torch.tensordot(frozen, a1 @ a2, dims=([1], [0])).movedim(-1, 1) + (b1 @ b2).view(shape)
-        rank = len(a2)
-    elif "lora_mid.weight" in s:
-        mid, up, down = (s[f"lora_{name}.weight"] for name in ("mid", "up", "down"))
-        delta = torch.einsum("rskl,or,si->oikl", mid, up[:, :, 0, 0], down[:, :, 0, 0])
-        rank = len(down)
-    elif "lora_down.weight" in s:
-        delta = s["lora_up.weight"].flatten(1) @ s["lora_down.weight"].flatten(1)
-        rank = len(s["lora_down.weight"])
-    elif "hada_w1_b" in s:
-        delta = product("hada_w1_a", "hada_w1_b", "hada_t1") * product("hada_w2_a", "hada_w2_b", "hada_t2")
-        rank = 4
-    else:
-        one = s["lokr_w1"] if "lokr_w1" in s else s["lokr_w1_a"] @ s["lokr_w1_b"]
-        two = s["lokr_w2"] if "lokr_w2" in s else product("lokr_w2_a", "lokr_w2_b", "lokr_t2")
-        if len(shape) == 4:
-            two = two.reshape(shape[0] // one.shape[0], shape[1] // one.shape[1], *shape[2:])
-            one = one[:, :, None, None]
-        delta = torch.kron(one, two.contiguous())
-        rank = 4
-    return delta.reshape(shape) * float(s["alpha"]) / rank
-
-
-def butterfly(rows: int, distance: int) -> torch.Tensor:
-    """The permutation that brings rows that are `distance` apart side by side, in each run of two distances."""
-    order = torch.arange(rows).view(-1, 2, distance).mT.flatten()
-    return torch.eye(rows)[order]
-
-
-def test_an_untrained_module_changes_nothing(case, settings_of):
-    layer, x = case
-    torch.testing.assert_close(module_for(layer, settings_of)(x), layer(x), rtol=1e-5, atol=1e-6)
-
-
-def test_the_output_is_that_of_the_merged_weight(case, settings_of):
-    layer, x = case
-    module = randomised(layer, settings_of)
-    answer = module(x)
-    saved = dict(module.saved())
-    merged = layer.weight + change(saved, layer.weight, settings_of)
-    if settings_of.dora:
-        norms = merged.flatten(1).norm(dim=1).view(-1, *[1] * (merged.ndim - 1))
-        merged = merged * saved["dora_scale"].detach() / norms
-    layer.weight.copy_(merged)
-    if "diff_b" in saved:
-        layer.bias.add_(saved["diff_b"].detach())
-    torch.testing.assert_close(answer, layer(x), rtol=1e-4, atol=1e-4)
-
-
-def test_a_file_read_back_is_the_same_bit_for_bit(case, settings_of):
-    layer, x = case
-    module = randomised(layer, settings_of)
-    other = module_for(layer, settings_of)
-    with torch.no_grad():
-        other.take({name: tensor.detach().clone() for name, tensor in module.saved().items()})
-    assert all(torch.equal(other.saved()[name], tensor) for name, tensor in module.saved().items())
-    torch.testing.assert_close(other(x), module(x), rtol=1e-5, atol=1e-5)
-
-
-def test_a_trainings_state_is_taken_back_exactly(case, settings_of):
-    layer, x = case
-    module, other = randomised(layer, settings_of), module_for(layer, settings_of)
-    other.load_state_dict(module.state_dict())
-    assert torch.equal(other(x), module(x))
-    assert dict(other.named_parameters()).keys() <= module.state_dict().keys()
+    return layers.settings_of(*request.param)
 
 
 @torch.no_grad()
@@ -198,7 +57,7 @@ def test_lycoris_itself_makes_the_same_of_the_file(case, settings_of):
     ):
         pytest.skip("lycoris-lora's own reader takes such files for ones of another size")
     module = randomised(layer, settings_of)
-    theirs = THEIRS[settings_of.type][0]
+    theirs = THEIRS[settings_of.type]
     tensors = {f"x.{name}": tensor for name, tensor in module.saved().items()}
     assert theirs.algo_check(tensors, "x")
     given = theirs.extract_state_dict(tensors, "x")
@@ -208,85 +67,6 @@ def test_lycoris_itself_makes_the_same_of_the_file(case, settings_of):
         given = given[:1]
     read = theirs.make_module_from_state_dict("x", layer, *given)
     torch.testing.assert_close(read(x), module(x), rtol=1e-4, atol=1e-4)
-
-
-def test_every_trained_tensor_has_a_gradient_and_no_frozen_one(case, settings_of):
-    layer, x = case
-    module = randomised(layer, settings_of)
-    module(x).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
-    assert all(p.grad is None for p in layer.parameters())
-
-
-def test_gradients_are_float32_while_the_layer_computes_in_bfloat16(case, settings_of):
-    layer, x = case
-    module = randomised(layer.to(torch.bfloat16), settings_of)
-    answer = module(x.bfloat16())
-    assert answer.dtype == torch.bfloat16
-    answer.float().square().sum().backward()
-    assert {p.grad.dtype for p in module.parameters()} == {torch.float32}
-
-
-def test_a_small_update_is_not_rounded_away_by_large_frozen_weights(settings_of):
-    """Frozen weights of 1 and inputs that sum to 0: the frozen answer is 0, and what is left is the update's."""
-    if settings_of.type in ("LyCORIS/iA3", "LyCORIS/Diag-OFT", "LyCORIS/BOFT"):
-        pytest.skip("these change nothing about equal weights and inputs that sum to 0")
-    layer = torch.nn.Linear(24, 40, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-    layer.weight.fill_(1)
-    if settings_of.dora:
-        pytest.skip("DoRA's lengths do not let the update be told from the frozen weights")
-    torch.manual_seed(0)
-    module = randomised(layer, settings_of)
-    with torch.no_grad():
-        module.limit_norm(0.001)
-    x = torch.tensor([1.0, -1.0] * 12, dtype=torch.bfloat16)[None]
-    delta = change(dict(module.saved()), layer.weight.float(), settings_of)
-    expected = x.float() @ delta.T
-    assert not layer(x).any()
-    assert 0 < float(delta.abs().max()) < 2**-9  # under half a step of bfloat16 at 1
-    torch.testing.assert_close(module(x).float(), expected, rtol=0, atol=0.05 * float(expected.abs().max()))
-
-
-@pytest.mark.proves("module_dropout")
-def test_module_dropout_leaves_out_the_whole_layer_in_its_share_of_the_steps(algorithm):
-    torch.manual_seed(0)
-    layer, x = torch.nn.Linear(24, 40).requires_grad_(False), torch.randn(3, 24)
-    module = randomised(layer, Settings(type=algorithm, module_dropout=0.3))
-    left_out = [torch.equal(module(x), layer(x)) for _ in range(300)]
-    assert sum(left_out) / 300 == pytest.approx(0.3, abs=0.08)
-    module.eval()
-    assert not any(torch.equal(module(x), layer(x)) for _ in range(20))
-
-
-def test_strength_zero_is_the_base_bit_for_bit(case, settings_of):
-    layer, x = case
-    base = layer(x)
-    network = networks.Network({"a": randomised(layer, settings_of)}, {"a": "unet"}, {"a": layer})
-    network.attach()
-    with network.strength(0):
-        assert torch.equal(layer(x), base)
-    assert not torch.equal(layer(x), base)
-    network.detach()
-    assert torch.equal(layer(x), base)
-
-
-def test_a_norm_above_the_limit_is_shrunk_to_it(case, settings_of):
-    if "scale_weight_norms" not in USES[settings_of.type]:
-        pytest.skip("the type has no such control")
-    layer, _ = case
-    module = randomised(layer, settings_of)
-
-    def norm():
-        return float(change(dict(module.saved()), layer.weight, settings_of).norm())
-
-    assert norm() > 0.1
-    with torch.no_grad():
-        module.limit_norm(0.1)
-    assert norm() == pytest.approx(0.1, rel=1e-4)
-    before = norm()
-    with torch.no_grad():
-        module.limit_norm(1.0)
-    assert norm() == before
 
 
 @pytest.mark.proves("rank_dropout", "rank_dropout_scale")
@@ -390,8 +170,8 @@ def test_a_lycoris_preset_says_which_layers_of_sd15_are_trained(targets, preset)
     assert {size_of(name, reached[name]).rank for name in large} <= {4}
 
 
-@pytest.mark.proves("LoRA_type", "network_weights")
-def test_a_training_writes_a_file_that_it_can_go_on_from(settings, train, tmp_path, algorithm):
+@pytest.mark.proves("LoRA_type")
+def test_a_training_writes_a_file_that_says_its_type(settings, train, tmp_path, algorithm):
     settings |= {
         "LoRA_type": algorithm,
         "network_dim": 2,
@@ -409,19 +189,36 @@ def test_a_training_writes_a_file_that_it_can_go_on_from(settings, train, tmp_pa
     arguments = json.loads(told["ss_network_args"])
     algo = algorithm.removeprefix("LyCORIS/").lower().replace("native fine-tuning", "full")
     assert (arguments["algo"], arguments["preset"]) == (algo, "full")
-    first = load_file(path)
-    blocks = {block_of(name) for name in first}
-    assert {None, 1, 3, 12, 17} <= blocks
-    assert any(name.startswith("lora_unet_conv_in.") for name in first)
-    path.rename(tmp_path / "given.safetensors")
-    given = {"network_weights": str(tmp_path / "given.safetensors"), "unet_lr": 1e-9, "text_encoder_lr": 1e-9}
-    for extra in ({}, {"dim_from_weights": True, "network_dim": 7}):
-        code, _, _ = train(settings | given | extra)
-        assert code == 0
-        second = load_file(path)
-        assert first.keys() == second.keys()
-        assert all(torch.allclose(first[k], second[k], rtol=0, atol=1e-6) for k in first)
-        path.unlink()
+    tensors = load_file(path)
+    assert {None, 1, 3, 12, 17} <= {block_of(name) for name in tensors}
+    assert any(name.startswith("lora_unet_conv_in.") for name in tensors)
+    assert not any(name.endswith("_norm") for name in tensors)
+
+
+@pytest.mark.proves("train_norm")
+def test_training_norms_moves_those_of_the_unets_blocks_by_the_names_of_lycoris(settings, train, tmp_path):
+    from trainer.networks.norm import NormModule
+
+    norms = {"LoRA_type": "LyCORIS/LoCon", "LyCORIS_preset": "attn-mlp", "train_norm": True, "max_train_steps": 2}
+    assert train(settings | norms)[0] == 0
+    path = tmp_path / "out" / "photo.safetensors"
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["ss_network_args"])["train_norm"] == "True"
+    tensors = load_file(path)
+    found = {name.removesuffix(".w_norm") for name in tensors if name.endswith(".w_norm")}
+    block = "lora_unet_mid_block_attentions_0"
+    assert {f"{block}_norm", *(f"{block}_transformer_blocks_0_norm{i}" for i in (1, 2, 3))} <= found
+    assert all("_attentions_" in name and f"{name}.b_norm" in tensors for name in found)
+    assert all(tensors[f"{name}.w_norm"].any() for name in found)
+    layer = torch.nn.GroupNorm(32, 64)
+    given = NormModule.extract_state_dict(tensors, f"{block}_norm")
+    with torch.no_grad():
+        theirs = NormModule.make_module_from_state_dict("x", layer, *given)
+        x = torch.randn(2, 64, 3, 3)
+        expected = theirs(x)
+        layer.weight.add_(networks.weight_update({"w_norm": given[0]}, layer.weight))
+        layer.bias.add_(networks.bias_update({"b_norm": given[1]}))
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_lokr_with_the_immense_rank_of_presets_in_the_wild_trains_whole_matrices(settings, train, tmp_path):

@@ -28,7 +28,9 @@ def weight_update(tensors: Mapping[str, torch.Tensor], weight: torch.Tensor) -> 
     large = large.reshape(weight.shape[0] // len(small), weight.shape[1] // small.shape[1], *weight.shape[2:])
     rank = next((len(t[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in t), None)
     scaled = small if rank is None else small * strength(t, rank)
-    return torch.kron(scaled.view(*small.shape, *[1] * (large.ndim - 2)), large)
+    # torch.kron asks for a memory layout that Tucker's product does not have.
+    blocks = scaled.view(len(small), 1, -1, 1, *[1] * (large.ndim - 2)) * large[None, :, None]
+    return blocks.reshape(weight.shape)
 
 
 def factor_of(tensors: Mapping[str, torch.Tensor]) -> int:
