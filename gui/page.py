@@ -33,6 +33,8 @@ SCRIPTS = (
     "live",
     "bar",
     "lists",
+    "outlook",
+    "dataset",
     "tools",
     "begin",
 )
@@ -120,6 +122,24 @@ class Desk:
     def check(self, ask: Ask) -> Answer:
         found = self.runs.check(form.read(ask["entries"]), ask["kept"])
         return {**found, "outline": outline(found.get("summary") or {})}
+
+    def outlook(self, ask: Ask) -> Answer:
+        """What would be trained. Problems are only counted: the check tells them."""
+        from gui.outlook import outlook  # late: what reads images takes a while to import
+
+        return outlook(form.read(ask["entries"]), self.runs)
+
+    def dataset(self, ask: Ask) -> Answer:
+        """The image folders that the form names: how often what is seen, and where each image is cut."""
+        from gui.dataset import dataset
+
+        return dataset(form.read(ask["entries"]))
+
+    def thumbnails(self, ask: Ask) -> Answer:
+        """Small pictures of images in the folders that the form names, by path."""
+        from gui.dataset import thumbnails
+
+        return thumbnails(form.read(ask["entries"]), [str(path) for path in ask["paths"]])
 
     def start(self, ask: Ask) -> Answer:
         """Check, and start when nothing stands in the way: `run` is then in the answer."""
@@ -215,6 +235,9 @@ class Desk:
             "flat": self.flat,
             "save": self.save,
             "check": self.check,
+            "outlook": self.outlook,
+            "dataset": self.dataset,
+            "thumbnails": self.thumbnails,
             "start": self.start,
             "poll": self.poll,
             "control": self.control,
@@ -320,27 +343,36 @@ def build(desk: Desk) -> gr.Blocks:
             server_functions=desk.functions(),
         )
         with gr.Row(elem_id="main"):
-            with gr.Column(elem_id="form", scale=3), gr.Tabs():
-                for tab in dict.fromkeys(section.tab for section in Section):
-                    if tab == PARAMETER_TABS[0]:
-                        with gr.Tab("Parameters", elem_id="tab-parameters"), gr.Tabs():
-                            for inner in PARAMETER_TABS:
-                                with gr.Tab(inner, elem_id=form.tab_id(inner)):
-                                    widgets.update(form.widgets(inner))
-                    elif tab not in PARAMETER_TABS:
-                        with gr.Tab(tab, elem_id=form.tab_id(tab)):
-                            widgets.update(form.widgets(tab))
-                with gr.Tab("Tools", elem_id="tab-tools"):
-                    gr.HTML(_markup("tools"), apply_default_css=False)
-                with gr.Tab("Config (JSON)", elem_id="tab-json"):
-                    gr.HTML(_markup("json"), apply_default_css=False)
-                with gr.Tab("Runs", elem_id="tab-runs"):
-                    gr.HTML(_markup("runs"), apply_default_css=False)
+            with gr.Column(elem_id="form", scale=3):
+                gr.HTML('<p id="lw-outlook" class="lw-facts"></p>', apply_default_css=False)
+                _tabs(widgets)
             with gr.Column(elem_id="side", scale=2):
                 gr.HTML(_markup("live"), apply_default_css=False)
         ordered = [widgets[key] for key in PARAMETERS]
         _connect(ordered)
     return page
+
+
+def _tabs(widgets: dict[str, gr.components.Component]) -> None:
+    """The form's tabs, and those beside it; what they hold of the form goes into `widgets`."""
+    with gr.Tabs():
+        for tab in dict.fromkeys(section.tab for section in Section):
+            if tab == PARAMETER_TABS[0]:
+                with gr.Tab("Parameters", elem_id="tab-parameters"), gr.Tabs():
+                    for inner in PARAMETER_TABS:
+                        with gr.Tab(inner, elem_id=form.tab_id(inner)):
+                            widgets.update(form.widgets(inner))
+            elif tab not in PARAMETER_TABS:
+                with gr.Tab(tab, elem_id=form.tab_id(tab)):
+                    widgets.update(form.widgets(tab))
+        with gr.Tab("Tools", elem_id="tab-tools"):
+            gr.HTML(_markup("tools"), apply_default_css=False)
+        with gr.Tab("Dataset", elem_id="tab-dataset"):
+            gr.HTML(_markup("dataset"), apply_default_css=False)
+        with gr.Tab("Config (JSON)", elem_id="tab-json"):
+            gr.HTML(_markup("json"), apply_default_css=False)
+        with gr.Tab("Runs", elem_id="tab-runs"):
+            gr.HTML(_markup("runs"), apply_default_css=False)
 
 
 def _connect(widgets: list[gr.components.Component]) -> None:

@@ -13,6 +13,8 @@ async function begin(server) {
   const live = new Live(server, form);
   const bar = new Bar(form, banner, server, live);
   new Finder(form);
+  new Outlook(form, server);
+  new DatasetTab(form, server, banner);
   new RunList(server, live);
   new Json(server, form, bar);
   new Tools(server, form, bar);

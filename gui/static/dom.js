@@ -13,7 +13,7 @@ function make(tag, properties = {}, ...children) {
   return node;
 }
 
-const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+const counted = (count, noun, several = `${noun}s`) => `${count} ${count === 1 ? noun : several}`;
 
 const byId = (id) => document.getElementById(id);
 

@@ -51,6 +51,6 @@ async function browse(form, parameter, server) {
   dialog.addEventListener("close", () => { dialog.remove(); form.input(parameter.key)?.focus(); });
   document.body.append(dialog);
   dialog.showModal();
-  await go(form.input(parameter.key).value);
+  await go(form.entries[parameter.key]);
   list.querySelector("button")?.focus();
 }

@@ -98,6 +98,7 @@ class Form {
 
   type(key, text) {
     const input = this.input(key);
+    if (!input) return this.fill({ ...this.entries, [key]: text }, this.kept); // its tab was never opened
     input.value = text;
     input.dispatchEvent(new Event("input", { bubbles: true }));
   }

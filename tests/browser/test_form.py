@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from tests.browser.conftest import open_tab, set_text, shown, wait_drafted, wait_ready
 
@@ -320,10 +321,33 @@ def test_the_json_of_the_form_can_be_edited_and_errors_have_a_line(server, visit
     assert (shown(page, "network_dim"), shown(page, "epoch")) == ("12", "3")
 
 
+def test_what_will_be_trained_follows_the_form_and_the_dataset_shows_each_image_with_its_crop(server, visit, tmp_path):
+    for name, size, caption in (("a.png", (64, 64), "cat, grey fur"), ("b.png", (128, 64), "dog, grey fur")):
+        (tmp_path / "10_x").mkdir(exist_ok=True)
+        Image.new("RGB", size, "teal").save(tmp_path / "10_x" / name)
+        (tmp_path / "10_x" / name).with_suffix(".txt").write_text(caption)
+    square = {"train_data_dir": str(tmp_path), "caption_extension": ".txt", "max_resolution": "64,64"}
+    put_preset(server, "mine", square | {"enable_bucket": False})
+    page = visit(server)
+    load(page, "mine")
+    page.wait_for_selector("#lw-outlook >> text=2 images, 20 seen in an epoch · 20 steps in 1 epoch · 102 modules")
+    open_tab(page, "Dataset")
+    page.wait_for_selector("#lw-dataset-sum >> text=20 steps")
+    page.wait_for_selector("#lw-images img >> nth=1")
+    assert page.locator(".lw-crop").nth(1).get_attribute("style") == "left:25%;top:0%;width:50%;height:100%"
+    assert page.locator("#lw-images figcaption").nth(0).inner_text().startswith("cat, grey fur")
+    page.get_by_role("button", name="dog 1").click()
+    page.wait_for_selector("#lw-dataset-count >> text=1 of 2 images")
+    assert page.locator("#lw-images figure >> visible=true").count() == 1
+    open_tab(page, "Parameters")
+    set_text(page, "epoch", "4")
+    page.wait_for_selector("#lw-outlook >> text=80 steps in 4 epochs")
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_phone_never_scrolls_sideways(server, visit, dark):
     page = visit(server, width=390, height=844, dark=dark)
-    for tab in ("Folders", "Parameters", "Advanced", "Samples", "Config (JSON)", "Runs"):
+    for tab in ("Folders", "Parameters", "Advanced", "Samples", "Dataset", "Config (JSON)", "Runs"):
         page.evaluate(
             """name => [...document.querySelectorAll('#form [role=tab], #form .overflow-dropdown button')]
                .find(tab => tab.textContent.trim() === name).click()""",
@@ -341,6 +365,7 @@ def test_every_control_has_a_name(server, visit):
         ["Parameters", "Basic"],
         ["Advanced"],
         ["Samples"],
+        ["Dataset"],
         ["Config (JSON)"],
         ["Runs"],
     ):

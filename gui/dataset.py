@@ -1,0 +1,166 @@
+"""The image folders as the trainer takes them: what is seen how often, in which bucket, cut where."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from gui.files import IMAGE_ENDINGS
+from trainer.check import settings
+from trainer.data import folders
+from trainer.data.batches import batches_per_epoch
+from trainer.data.buckets import Buckets, Size
+from trainer.data.folders import Picture
+from trainer.errors import DataError, LorawrightError, Problem
+from trainer.length import Length
+from trainer.paths import resolve
+from trainer.schema import Config, problem_with
+
+MOST_IMAGES = 2000
+MOST_TAGS = 300
+MOST_THUMBNAILS = 32
+THUMBNAIL = (240, 240)
+
+
+def dataset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Folders, images with their crop as shares of the image, buckets, tags, steps, and what is wrong.
+
+    Images are opened, not decoded. At most 2,000 of them are listed; all are counted.
+    """
+    config, _ = settings(values)
+    survey = folders.survey(config.folders, config.captions, decode=False)
+    pictures = survey.dataset.pictures
+    problems = list(survey.problems)
+    images, places = _placed(config, pictures, problems)
+    counted = Counter(places)
+    seen: Counter[Size] = Counter()
+    for place, picture in zip(places, pictures, strict=True):
+        seen[place] += picture.repeats
+    problems += _lonely(config, seen)
+    return {
+        "folders": [
+            {
+                "name": subset.path.name,
+                "images": subset.images,
+                "repeats": subset.repeats,
+                "regularisation": subset.regularisation,
+            }
+            for subset in survey.dataset.subsets
+        ],
+        "images": images[:MOST_IMAGES],
+        "more": max(0, len(images) - MOST_IMAGES),
+        "buckets": [[*place, counted[place], seen[place]] for place in sorted(counted)],
+        "tags": _tags(pictures).most_common(MOST_TAGS),
+        "steps": _steps(config, places, pictures),
+        "problems": [asdict(problem) for problem in problems],
+    }
+
+
+def _placed(
+    config: Config, pictures: Sequence[Picture], problems: list[Problem]
+) -> tuple[list[dict[str, Any]], list[Size]]:
+    """Each image with its bucket and crop; an image that fits none has bucket (0, 0)."""
+    try:
+        buckets = Buckets(config.data)
+    except DataError as error:
+        problems.append(problem_with("max_resolution", error))
+        buckets = None
+    suffix = folders.caption_suffix(config.captions)
+    images, places = [], []
+    for picture in pictures:
+        place, crop = (0, 0), None
+        try:
+            if buckets is not None:
+                placement = buckets.place(picture.size)
+                (wide, high), (left, top) = placement.resized, placement.crop
+                place = placement.bucket
+                crop = [left / wide, top / high, place[0] / wide, place[1] / high]
+        except DataError as error:
+            problems.append(problem_with("train_data_dir", f'"{picture.path.name}": {error}'))
+        places.append(place)
+        images.append(
+            {
+                "path": str(picture.path),
+                "name": picture.path.name,
+                "folder": picture.folder,
+                "size": picture.size,
+                "bucket": place,
+                "crop": crop,
+                "caption": picture.caption,
+                "captioned": picture.path.with_suffix(suffix).is_file(),
+            }
+        )
+    return images, places
+
+
+def _lonely(config: Config, seen: Mapping[Size, int]) -> list[Problem]:
+    """Buckets that never fill a batch, each of which costs a step for less."""
+    batch = config.training.batch_size
+    lone = [place for place, count in seen.items() if count < batch and place != (0, 0)]
+    if not lone or len(seen) == 1:
+        return []
+    sizes = ", ".join(f"{wide}×{high}" for wide, high in sorted(lone)[:5]) + (", …" if len(lone) > 5 else "")
+    message = (
+        f"{batch} is more than some buckets hold in an epoch ({sizes}): their batches stay smaller. Crop those "
+        "images to the shape of the others, or lower it."
+    )
+    return [problem_with("train_batch_size", message, "warning")]
+
+
+def _tags(pictures: Sequence[Picture]) -> Counter[str]:
+    """How many images have each tag: what stands between commas in a caption."""
+    counts: Counter[str] = Counter()
+    for picture in pictures:
+        counts.update({tag.strip() for tag in (picture.caption or "").split(",") if tag.strip()})
+    return counts
+
+
+def _steps(config: Config, places: Sequence[Size], pictures: Sequence[Picture]) -> dict[str, int] | None:
+    repeats = [picture.repeats for picture in pictures]
+    if not repeats or (0, 0) in places:
+        return None
+    length = Length.of(batches_per_epoch(places, repeats, config.training.batch_size), config.training)
+    return {
+        "seen": sum(repeats),
+        "batch": config.training.batch_size,
+        "accumulation": length.accumulation,
+        "batches": length.batches_per_epoch,
+        "epochs": length.epochs,
+        "steps": length.total_steps,
+    }
+
+
+def thumbnails(values: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """Small JPEGs of images inside the form's two image folders, as data addresses; None where there is none."""
+    config, _ = settings(values)
+    roots = []
+    for text in (config.folders.images, config.folders.regularisation):
+        try:
+            if text.strip():
+                roots.append(resolve(text).resolve())
+        except LorawrightError:
+            continue  # the survey of the folders tells
+    return {"pictures": {path: _thumbnail(Path(path), roots) for path in paths[:MOST_THUMBNAILS]}}
+
+
+def _thumbnail(path: Path, roots: Sequence[Path]) -> str | None:
+    real = path.resolve()
+    if real.suffix.lower() not in IMAGE_ENDINGS or not any(root in real.parents for root in roots):
+        return None
+    try:
+        with Image.open(real) as image:
+            image.draft("RGB", THUMBNAIL)
+            small = ImageOps.exif_transpose(image)
+            small.thumbnail(THUMBNAIL)
+            data = io.BytesIO()
+            small.convert("RGB").save(data, "JPEG", quality=82)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None  # the survey tells which images are damaged
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

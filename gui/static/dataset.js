@@ -1,0 +1,129 @@
+// The images as the trainer takes them: how many steps they make, their buckets, crops and captions.
+
+class DatasetTab {
+  constructor(form, server, banner) {
+    Object.assign(this, { form, server, banner, thumbnails: new Map(), wanted: new Set() });
+    form.whenChanged.push(() => this.later());
+    setInterval(() => { if (byId("lw-dataset")?.offsetParent && this.shown !== this.form.entries) this.later(); }, 400);
+  }
+
+  attach() {
+    byId("lw-dataset").dataset.ready = "1";
+    byId("lw-dataset-pick").addEventListener("click", () => browse(this.form, this.form.parameters.get("train_data_dir"), this.server));
+    byId("lw-dataset-find").addEventListener("input", () => this.filter());
+    this.seen = new IntersectionObserver((entries) => {
+      for (const entry of entries) if (entry.isIntersecting) { this.wanted.add(entry.target); this.seen.unobserve(entry.target); }
+      this.fetch();
+    }, { rootMargin: "300px" });
+  }
+
+  later() {
+    if (this.timer || !byId("lw-dataset")?.offsetParent) return;
+    if (!byId("lw-dataset").dataset.ready) this.attach();
+    this.timer = setTimeout(() => this.ask(), 500);
+  }
+
+  async ask() {
+    const entries = this.form.entries;
+    try {
+      const answer = await this.server.dataset({ entries });
+      this.shown = entries;
+      // Most changes to the form leave the images as they are.
+      const key = JSON.stringify(answer);
+      if (key !== this.key) this.show(answer, entries);
+      this.key = key;
+    } catch (error) {
+      byId("lw-dataset-sum").textContent = `${error.message} Trying again …`;
+      await new Promise((resolve) => { setTimeout(resolve, 3000); });
+    } finally {
+      this.timer = undefined;
+    }
+  }
+
+  show(found, entries) {
+    byId("lw-dataset-place").textContent = entries.train_data_dir;
+    const { steps, folders, images, buckets, tags } = found;
+    byId("lw-dataset-sum").replaceChildren(...(folders.length ? [
+      folders.map((f) => `${f.images} × ${f.repeats} (${f.name}${f.regularisation ? ", regularisation" : ""})`).join(" + "),
+      steps ? make("b", {}, ` = ${counted(steps.seen, "image")} an epoch`) : "",
+      steps ? ` in ${counted(steps.batches, "batch", "batches")} of ${steps.batch} × ${counted(steps.epochs, "epoch")}${steps.accumulation > 1 ? ` ÷ ${steps.accumulation} a step` : ""} = ` : "",
+      steps ? make("b", {}, counted(steps.steps, "step")) : "",
+    ] : ["No images yet: choose a folder that holds folders like “10_cat” (each image ten times an epoch), or images."]));
+    byId("lw-dataset-problems").replaceChildren(...found.problems.map((p) => this.banner.line(p)));
+    byId("lw-dataset-parts").hidden = !images.length;
+    const most = Math.max(...buckets.map(([, , , seen]) => seen), 1);
+    byId("lw-buckets").replaceChildren(...buckets.map(([wide, high, count, seen]) => make("div", { class: "lw-bucket" },
+      make("span", {}, wide ? `${wide}×${high}` : "none"), make("span", { class: "lw-bar", style: `width:${(60 * seen) / most}%` }),
+      make("span", { class: "lw-facts" }, `${counted(count, "image")}, ${seen} seen`))));
+    this.tag = tags.some(([tag]) => tag === this.tag) ? this.tag : "";
+    byId("lw-tags").replaceChildren(...tags.map(([tag, count]) => make("button", { class: "lw-chip", type: "button", "data-tag": tag,
+      "aria-pressed": String(tag === this.tag), onclick: () => this.choose(tag) }, tag, make("span", {}, String(count)))),
+      tags.length ? "" : make("span", { class: "lw-facts" }, "No captions."));
+    this.seen.disconnect();
+    this.wanted.clear();
+    this.more = found.more;
+    byId("lw-images").replaceChildren(...images.map((image) => this.card(image)));
+    this.filter();
+  }
+
+  card(image) {
+    const [left, top, wide, high] = image.crop || [0, 0, 1, 1];
+    const frame = make("div", { class: "lw-thumb", style: `aspect-ratio:${image.size[0]}/${image.size[1]}` },
+      make("div", { class: "lw-crop", style: `left:${100 * left}%;top:${100 * top}%;width:${100 * wide}%;height:${100 * high}%` }));
+    const cut = image.crop ? `${image.size[0]}×${image.size[1]} → ${image.bucket[0]}×${image.bucket[1]}` : `${image.size[0]}×${image.size[1]}, fits no bucket`;
+    const card = make("figure", { class: "lw-card" }, frame, make("figcaption", {},
+      make("p", { class: image.captioned ? "" : "lw-borrowed", title: image.captioned ? "" : "From the folder's name: there is no caption file" }, image.caption || "no caption"),
+      make("p", { class: "lw-facts" }, `${image.folder}/${image.name} · ${cut}`)));
+    Object.assign(card, { image, frame });
+    const known = this.thumbnails.get(image.path);
+    if (known) this.put(card, known);
+    else this.seen.observe(card);
+    return card;
+  }
+
+  put(card, address) {
+    card.frame.prepend(make("img", { src: address, alt: card.image.name }));
+  }
+
+  // Pictures of the cards that came into view, some at a time.
+  async fetch() {
+    if (this.fetching) return;
+    this.fetching = true;
+    try {
+      while (this.wanted.size) {
+        const cards = [...this.wanted].slice(0, 24);
+        const { pictures } = await this.server.thumbnails({ entries: this.shown, paths: cards.map((card) => card.image.path) });
+        for (const card of cards) {
+          this.wanted.delete(card);
+          const address = pictures[card.image.path];
+          if (!address) { card.frame.classList.add("lw-unreadable"); continue; }
+          this.thumbnails.set(card.image.path, address);
+          this.put(card, address);
+        }
+      }
+    } catch (error) {
+      byId("lw-dataset-count").textContent = `${error.message} Scroll to try again.`;
+    } finally {
+      this.fetching = false;
+    }
+  }
+
+  choose(tag) {
+    this.tag = this.tag === tag ? "" : tag;
+    for (const chip of byId("lw-tags").children) chip.setAttribute("aria-pressed", String(chip.dataset.tag === this.tag));
+    this.filter();
+  }
+
+  filter() {
+    const words = byId("lw-dataset-find").value.trim().toLowerCase();
+    const cards = [...byId("lw-images").children];
+    for (const card of cards) {
+      const caption = card.image.caption || "";
+      card.hidden = !`${caption} ${card.image.name}`.toLowerCase().includes(words)
+        || Boolean(this.tag && !caption.split(",").some((tag) => tag.trim() === this.tag));
+    }
+    const left = cards.filter((card) => !card.hidden).length;
+    byId("lw-dataset-count").textContent = [left < cards.length ? `${left} of ${counted(cards.length, "image")}` : counted(left, "image"),
+      this.more ? `${this.more} more are not listed` : "", "the frame is what is trained on"].filter(Boolean).join(" · ");
+  }
+}

@@ -1,0 +1,53 @@
+// What would be trained with the form as it stands, kept up with it.
+
+class Outlook {
+  constructor(form, server) {
+    Object.assign(this, { form, server, node: byId("lw-outlook") });
+    form.whenChanged.push(() => this.later());
+    this.later();
+  }
+
+  later() {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.ask(), 700);
+  }
+
+  async ask() {
+    if (this.asking) return this.later();
+    this.asking = true;
+    const entries = this.form.entries;
+    try {
+      const answer = await this.server.outlook({ entries });
+      if (entries === this.form.entries) this.show(answer);
+    } catch {
+      this.timer = setTimeout(() => this.later(), 3000); // the live panel says that the server is away
+    } finally {
+      this.asking = false;
+    }
+  }
+
+  show({ summary, errors, size, like }) {
+    const parts = [];
+    if (summary.images) {
+      const beside = summary.regularisation ? ` and ${summary.regularisation} for regularisation` : "";
+      parts.push(`${counted(summary.images, "image")}${beside}, ${summary.repeats} seen in an epoch`);
+    }
+    if (summary.total_steps) parts.push(`${counted(summary.total_steps, "step")} in ${counted(summary.epochs, "epoch")}`);
+    if (size) {
+      parts.push(`${counted(size.modules, "module")}, ${millions(size.weights)} weights`);
+      parts.push(`a file of about ${bytes(size.file_bytes)}`);
+    }
+    if (like && summary.total_steps) {
+      parts.push(`about ${duration(like.seconds * summary.total_steps)} of steps${like.memory ? `, ${bytes(like.memory)} of memory` : ""}, by ${like.run}`);
+    }
+    if (errors) parts.push(errors === 1 ? "one thing is still in the way" : `${errors} things are still in the way`);
+    this.node.replaceChildren(make("b", {}, "Will be trained: "), parts.join(" · ") || "nothing yet");
+  }
+}
+
+const millions = (n) => (n >= 1e5 ? `${Number((n / 1e6).toPrecision(3))} million` : String(n));
+
+function bytes(n) {
+  const [unit, size] = n >= 2 ** 30 ? ["GB", 2 ** 30] : n >= 2 ** 20 ? ["MB", 2 ** 20] : ["kB", 1024];
+  return `${Number((n / size).toPrecision(2))} ${unit}`;
+}
