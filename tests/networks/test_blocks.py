@@ -232,9 +232,19 @@ def test_leaving_everything_out_is_refused(settings, train):
 
 
 @pytest.mark.proves("LoRA_type", "conv_dim", "conv_alpha")
-def test_a_locon_of_the_full_model_has_the_names_and_shapes_of_sd_scripts():
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"LoRA_type": "Kohya LoCon", "conv_dim": 4, "conv_alpha": 1},
+        {"LoRA_type": "Kohya DyLoRA", "conv_dim": 4, "conv_alpha": 1, "unit": 4},
+        {"LoRA_type": "LoRA-FA", "conv_block_dims": listed([4] * 25), "conv_block_alphas": listed([1] * 25)},
+    ],
+    ids=lambda settings: settings["LoRA_type"],
+)
+def test_a_locon_of_the_full_model_has_the_names_and_shapes_of_sd_scripts(settings):
+    """All three of its modules write the same names."""
     expected = reference.read("sd15_locon_keys")["tensors"]
-    config = schema.parse({"LoRA_type": "Kohya LoCon", "conv_dim": 4, "conv_alpha": 1})
+    config = schema.parse(settings)
     made = networks.build(
         config.network, full_model_targets(), {"unet", "text_encoder"}, from_settings(config, None)
     ).tensors()
