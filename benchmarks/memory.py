@@ -61,7 +61,9 @@ def main() -> None:
     row = facts.FAMILIES[chosen.family]
     kept = {on: kept_for_backward(row, chosen.gpu_side, chosen.rank, checkpointing=on) for on in (False, True)}
     print(f"{row.title}, rank {chosen.rank}, batch size 1, GB")
-    print(f"{'':30}{'CPU at ' + str(chosen.side) + ', measured':>32}{'GPU at ' + str(chosen.gpu_side) + ', computed':>40}")
+    print(
+        f"{'':30}{'CPU at ' + str(chosen.side) + ', measured':>32}{'GPU at ' + str(chosen.gpu_side) + ', computed':>40}"
+    )
     print(f"{'':30}{'peak':>10}{'training':>12}{'s/step':>10}{'weights':>12}{'trained':>10}{'kept':>8}{'sum':>10}")
     for name in chosen.only:
         settings = ROWS[name]
@@ -69,7 +71,8 @@ def main() -> None:
         weights, trained = computed(row, settings, chosen.rank)
         activations = kept[bool(settings.get("gradient_checkpointing"))]
         print(
-            f"{name:30}" + "".join(f"{value:{width}.2f}" for value, width in zip(measured, (10, 12, 10), strict=True))
+            f"{name:30}"
+            + "".join(f"{value:{width}.2f}" for value, width in zip(measured, (10, 12, 10), strict=True))
             + f"{weights / GB:12.2f}{trained / GB:10.2f}{activations / GB:8.2f}"
             + f"{(weights + trained + activations) / GB:10.2f}",
             flush=True,
@@ -114,7 +117,9 @@ def computed(row: facts.Family, settings: dict[str, Any], rank: int) -> tuple[fl
     text_bits = "fp8" if settings.get("fp8_base") else "16"
     bits = {"unet": unet_bits, "text_encoder": text_bits}
     targets = model.targets()
-    packed = {p: sum(t.layer.weight.numel() for t in targets.values() if t.part == p and t.place != "edge") for p in bits}
+    packed = {
+        p: sum(t.layer.weight.numel() for t in targets.values() if t.part == p and t.place != "edge") for p in bits
+    }
     total = {"unet": parameters(modules["unet"]), "text_encoder": sum(map(parameters, model.text_encoders.values()))}
     parts = {"unet"} if settings.get("sdxl_cache_text_encoder_outputs") else {"unet", "text_encoder"}
     frozen = sum(packed[p] * BYTES_A_WEIGHT[bits[p]] + (total[p] - packed[p]) * 2 for p in parts)

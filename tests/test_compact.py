@@ -121,7 +121,11 @@ def bytes_of(module):
         ({"fp8_base": True}, "fp8_base", "(mixed_precision) fp16 or bf16"),
         ({"fp8_base_unet": True}, "fp8_base_unet", "(mixed_precision) fp16 or bf16"),
         ({"base_weights": "nf4"}, "base_weights", "(mixed_precision) fp16 or bf16"),
-        ({"base_weights": "nf4", "fp8_base": True, "mixed_precision": "bf16"}, "fp8_base", "Base weights (base_weights)"),
+        (
+            {"base_weights": "nf4", "fp8_base": True, "mixed_precision": "bf16"},
+            "fp8_base",
+            "Base weights (base_weights)",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(settings, change, key, words):

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.test_training import of_type, prepared
 from trainer import loop, sampling
 from trainer.check import problems
 from trainer.kohya import Preset
@@ -16,7 +17,6 @@ from trainer.prompts import Prompt
 from trainer.run import EXIT_CONFIG, EXIT_DONE
 from trainer.schema import Config
 from trainer.schema.blocks import rate_weights
-from tests.test_training import of_type, prepared
 
 SDXL = {"sdxl": True, "text_encoder_lr": 1e-3, "unet_lr": 1e-3, "max_resolution": "96,96"}
 FAMILIES = {"sd2": {"v2": True}, "sd2_v": {"v2": True, "v_parameterization": True}, "sdxl": SDXL}
@@ -97,7 +97,9 @@ def test_each_image_s_own_size_reaches_the_unet_and_changes_its_answer(sdxl, tmp
     assert torch.equal(seen[0][3], batch.sizes)
     latents, timesteps, text, sizes = seen[0]
     with torch.no_grad():
-        assert not torch.allclose(predict(latents, timesteps, text, sizes), predict(latents, timesteps, text, sizes + 64))
+        assert not torch.allclose(
+            predict(latents, timesteps, text, sizes), predict(latents, timesteps, text, sizes + 64)
+        )
 
 
 # Cached text states

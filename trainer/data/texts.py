@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from trainer.data.cache import Shelf, fingerprint
 from trainer.data.captions import draw
 from trainer.data.folders import Picture
 from trainer.models import TextStates
+from trainer.randomness import generator_at
 from trainer.schema.data import Captions
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def encode_captions(
     `progress(done, total)` counts the captions that are not on disk.
     """
     # With the cache on, nothing about a caption is drawn at random.
-    captions = [draw(picture.caption, settings, random.Random(0), 1) for picture in pictures]
+    captions = [draw(picture.caption, settings, generator_at(0, "captions"), 1) for picture in pictures]
     shelf = Shelf(FOLDER, "text states")
     known: dict[str, TextStates] = {}
     sources = [""] * len(pictures)

@@ -16,7 +16,6 @@ from pydantic import BeforeValidator
 from trainer.models.facts import Layout
 from trainer.schema.declare import Group, Section, parameter
 
-
 CURVES: dict[str, Callable[[float], float]] = {
     "cosine": lambda x: math.sin(math.pi / 2 * (1 - x)),
     "sine": lambda x: math.sin(math.pi / 2 * x),

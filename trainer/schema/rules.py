@@ -183,7 +183,8 @@ def _base_weights(config: Config) -> Iterator[Problem]:
     for key, on in (("fp8_base", training.fp8_base), ("fp8_base_unet", training.fp8_base_unet)):
         if on and bits:
             yield _problem(
-                key, f'and Base weights (base_weights) "{training.base_bits}" both say how the U-Net is kept. Choose one.'
+                key,
+                f'and Base weights (base_weights) "{training.base_bits}" both say how the U-Net is kept. Choose one.',
             )
 
 
