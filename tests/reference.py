@@ -53,6 +53,11 @@ def lora_weight(name: str, shape: torch.Size) -> torch.Tensor:
     return math.sqrt(3 / math.prod(shape[1:])) * uniform(name, shape)
 
 
+def expanded(row: list[Any]) -> list[Any]:
+    """[id, n] stands for n times the id."""
+    return [value for item in row for value in ([item[0]] * item[1] if isinstance(item, list) else [item])]
+
+
 def assert_tensor(found: torch.Tensor, expected: dict[str, Any], tolerance: float) -> None:
     """Compare with the listed values, mean and deviation; `tolerance` is relative to the deviation."""
     flat = found.detach().float().flatten()

@@ -15,11 +15,6 @@ MOJIBAKE = "caf\u00c3\u00a9 mojibake"
 LENGTHS = (75, 150, 225)
 
 
-def expanded(row):
-    """[id, n] stands for n times the id."""
-    return [value for item in row for value in ([item[0]] * item[1] if isinstance(item, list) else [item])]
-
-
 @pytest.mark.proves("max_token_length")
 @pytest.mark.parametrize("case", CAPTIONS["token_ids"]["cases"], ids=lambda case: case["caption"][:30])
 def test_ids_are_those_of_sd_scripts_for_every_length(case):
@@ -27,7 +22,7 @@ def test_ids_are_those_of_sd_scripts_for_every_length(case):
         pytest.skip("text that was decoded wrongly is not put right")
     for length in LENGTHS:
         found = tokenize([case["caption"]], length)
-        assert found.ids[0].tolist() == [expanded(row) for row in case[str(length)]]
+        assert found.ids[0].tolist() == [reference.expanded(row) for row in case[str(length)]]
         assert found.weights is None
 
 
@@ -37,8 +32,8 @@ def test_ids_are_those_of_sd_scripts_for_every_length(case):
 )
 def test_weighted_ids_and_weights_are_those_of_sd_scripts_across_chunks(case):
     found = tokenize([case["prompt"]], case["max_token_length"], weighted=True)
-    assert found.ids[0].tolist() == [expanded(row) for row in case["ids"]]
-    torch.testing.assert_close(found.weights[0], torch.tensor([expanded(row) for row in case["weights"]]))
+    assert found.ids[0].tolist() == [reference.expanded(row) for row in case["ids"]]
+    torch.testing.assert_close(found.weights[0], torch.tensor([reference.expanded(row) for row in case["weights"]]))
 
 
 @pytest.mark.parametrize(
