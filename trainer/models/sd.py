@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from trainer.errors import ModelError, TrainingError
+from trainer.errors import ModelError
 from trainer.models import Schedule, Target, TextStates, clip_tokens, layout, weights
 from trainer.models.clip_tokens import Tokens
 from trainer.models.facts import FAMILIES, Encoder, Family
@@ -151,18 +151,11 @@ class StableDiffusion:
     def encode(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Scaled latents [B,4,H/8,W/8] in float32: one draw of the VAE's posterior.
 
-        Raises TrainingError where the VAE overflows in fp16, as SDXL's own does for some pictures.
+        Not numbers where the VAE overflows in fp16, as SDXL's own does for some pictures.
         """
         pixels = pixels.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last)
         posterior = self.vae.encode(pixels).latent_dist
-        latents = posterior.sample(generator).float() * self.vae.config.scaling_factor
-        if self.vae.dtype == torch.float16 and not latents.isfinite().all():
-            raise TrainingError(
-                "not_a_number",
-                "The VAE's latents are not numbers: this VAE cannot compute in fp16.",
-                "Switch on No half VAE (sdxl_no_half_vae), set Mixed precision to bf16, or choose another VAE.",
-            )
-        return latents
+        return posterior.sample(generator).float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
