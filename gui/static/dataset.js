@@ -57,7 +57,7 @@ class DatasetTab {
       make("span", { class: "lw-facts" }, `${counted(count, "image")}, ${seen} seen`))));
     this.tag = tags.some(([tag]) => tag === this.tag) ? this.tag : "";
     byId("lw-tags").replaceChildren(...tags.map(([tag, count]) => make("button", { class: "lw-chip", type: "button", "data-tag": tag,
-      "aria-pressed": String(tag === this.tag), onclick: () => this.choose(tag) }, tag, make("span", {}, String(count)))),
+      "aria-pressed": String(tag === this.tag), onclick: () => this.choose(tag) }, tag, " ", make("span", {}, String(count)))),
       tags.length ? "" : make("span", { class: "lw-facts" }, "No captions."));
     this.seen.disconnect();
     this.wanted.clear();

@@ -334,7 +334,7 @@ def test_what_will_be_trained_follows_the_form_and_the_dataset_shows_each_image_
     open_tab(page, "Dataset")
     page.wait_for_selector("#lw-dataset-sum >> text=20 steps")
     page.wait_for_selector("#lw-images img >> nth=1")
-    assert page.locator(".lw-crop").nth(1).get_attribute("style") == "left:25%;top:0%;width:50%;height:100%"
+    assert page.locator(".lw-crop").nth(1).get_attribute("style") == "left: 25%; top: 0%; width: 50%; height: 100%;"
     assert page.locator("#lw-images figcaption").nth(0).inner_text().startswith("cat, grey fur")
     page.get_by_role("button", name="dog 1").click()
     page.wait_for_selector("#lw-dataset-count >> text=1 of 2 images")
