@@ -12,6 +12,7 @@ from tests import reference
 from tests.lora.conftest import KOHYA, SDXL_UNET, adapted_unet, cloneofsimo, delta, pair, plain
 from trainer.errors import ModelError
 from trainer.lora.names import Layer, from_original, kohya, layer, to_original
+from trainer.lora.programs import PROGRAMS, layers_of
 from trainer.lora.reading import read
 from trainer.lora.recognise import recognise
 from trainer.models import layout
@@ -224,6 +225,16 @@ def test_every_layer_of_a_real_file_has_a_name_in_every_naming():
         assert found and kohya(found, "sd1") == name
         if found.part == "unet":
             assert from_original(to_original(found.path, "up_blocks.0" not in found.path)) == found.path
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_the_layers_that_sd_scripts_trains_are_known_to_us_and_every_program(family):
+    names = reference.read("lora_names")["sdxl" if family == "sdxl" else "sd2 text encoder"]
+    assert {"sdxl": 1052, "sd2": 138}[family] == len(names)
+    assert set(names) <= layers_of(family)
+    for name in names:
+        assert kohya(layer(name), family) == name
+        assert all(program._finds(name, family) for program in PROGRAMS), name
 
 
 def test_the_original_names_are_those_of_the_checkpoints():

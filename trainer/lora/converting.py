@@ -58,7 +58,8 @@ def convert(
 def _for_kohya(file: LoraFile) -> dict[str, str]:
     """The metadata: what the file said, and where it said nothing what web UIs sort LoRAs by."""
     lora = file.about
-    kept = {key: text for key, text in file.metadata.items() if key not in (ADAPTER, "format")}
+    of_pairs = lora.naming == "cloneofsimo"  # its entries are about tensors that are named otherwise now
+    kept = {key: text for key, text in file.metadata.items() if key not in (ADAPTER, "format") and not of_pairs}
     alphas = {float(tensor) for name, tensor in file.tensors.items() if name.endswith(".alpha")}
     told = {
         "ss_network_module": "networks.lora",
