@@ -72,7 +72,11 @@ class Trained:
             delta = decomposed(frozen + delta, self.dora_scale, self.multiplier) - frozen
         else:
             delta = delta * self.multiplier
-        return output + self.op(x, weight=delta.to(x.dtype), bias=self.bias_change(x.dtype), **self.kw_dict)
+        return output + self.answer(x, delta.to(x.dtype), self.bias_change(x.dtype))
+
+    def answer(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What the layer answers with these in place of its own."""
+        return self.op(x, weight, bias, **self.kw_dict)  # type: ignore[no-any-return]
 
     def bias_change(self, dtype: torch.dtype) -> torch.Tensor | None:
         """What is added to the layer's bias, where a type trains that."""

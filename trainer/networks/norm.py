@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from lycoris.modules.norms import NormModule
+from torch.nn import functional as F
 
 from trainer.networks.lycoris_layers import Trained
 from trainer.schema.network import Network as Settings
@@ -20,6 +21,12 @@ class NormLayer(Trained, NormModule):
     """There are no ranks to drop, and no product whose norm could be limited."""
 
     weight_update = staticmethod(weight_update)
+
+    def answer(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """In two steps: torch 2.13 crashes in group_norm's gradient for the weight alone, of channels-last x on a CPU."""
+        along = (-1, *[1] * (x.ndim - 2)) if self.op is F.group_norm else (-1,)
+        normal = self.op(x, **self.kw_dict) * weight.view(along)
+        return normal if bias is None else normal + bias.view(along)
 
     def bias_change(self, dtype: torch.dtype) -> torch.Tensor | None:
         return (self.b_norm * self.multiplier).to(dtype)
