@@ -154,12 +154,9 @@ def test_a_missing_model_and_one_from_the_network(settings):
 
 
 def test_a_model_of_another_family_is_named(settings, tmp_path):
-    path = tmp_path / "xl.safetensors"
-    names = ("model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.1.model.x")
-    save_file({name: np.zeros((8, 4, 3, 3), np.float16) for name in names}, path)
-    assert "is an SDXL model, which is not supported yet" in one(
-        settings | {"pretrained_model_name_or_path": str(path)}
-    )
+    path = tmp_path / "flux.safetensors"
+    save_file({"double_blocks.0.img_attn.qkv.weight": np.zeros((8, 4), np.float16)}, path)
+    assert "is a Flux model, which is not supported yet" in one(settings | {"pretrained_model_name_or_path": str(path)})
 
 
 # LoRA to go on from
@@ -174,6 +171,8 @@ def lora(tmp_path):
         }
         path = tmp_path / "lora.safetensors"
         shapes = {f"{names[p]}.lora_down.weight": (rank, width) for p in parts}
+        shapes |= {f"{names[p]}.lora_up.weight": (8, rank) for p in parts}
+        shapes |= {f"{names[p]}.alpha": () for p in parts}
         save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, path)
         return str(path)
 

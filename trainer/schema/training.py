@@ -120,7 +120,7 @@ class Training(Group):
         False,
         "fp8 base unet",
         Section.STEP,
-        """The same for the U-Net alone.""",
+        """The same for the U-Net alone; the text encoders keep what Mixed precision says.""",
     )
     base_bits: Literal["16", "int8", "nf4"] = parameter(
         "base_weights",
