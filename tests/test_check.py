@@ -156,7 +156,7 @@ def test_a_missing_model_and_one_from_the_network(settings):
 def test_a_model_of_another_family_is_named(settings, tmp_path):
     path = tmp_path / "flux.safetensors"
     save_file({"double_blocks.0.img_attn.qkv.weight": np.zeros((8, 4), np.float16)}, path)
-    assert "is a Flux model, which is not supported yet" in one(settings | {"pretrained_model_name_or_path": str(path)})
+    assert "is a Flux model, which is not supported" in one(settings | {"pretrained_model_name_or_path": str(path)})
 
 
 # LoRA to go on from

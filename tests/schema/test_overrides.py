@@ -48,7 +48,7 @@ def test_values_with_blanks_quotes_and_dashes_are_read():
 @pytest.mark.parametrize("key", [k for k, p in PARAMETERS.items() if p.kind in ("integer", "number")])
 def test_every_number_of_the_schema_can_be_set(key):
     p = PARAMETERS[key]
-    value = p.default if p.default is not None else int(p.minimum or 1)
+    value = p.default if p.default is not None else int(16 * (p.minimum or 0)) or 1
     config = additional(f"--{key} {value}", **{})
     assert getattr(getattr(config, p.group), p.name) == value
 
