@@ -23,17 +23,26 @@ class Proofs:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
-            for mark in item.iter_markers("proves"):
-                for key in mark.args:
-                    self._tests[key].add(item.nodeid.split("[")[0])
+            proved = [key for mark in item.iter_markers("proves") for key in mark.args]
+            item.user_properties.append(("proves", proved))  # comes back with the outcome from wherever it runs
+            self._note(item.nodeid, proved)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        for name, value in report.user_properties:
+            if name == "proves":
+                self._note(report.nodeid, value)  # type: ignore[arg-type]
         if report.when == "call":
             self._ran.add(report.nodeid.split("[")[0])
         if not report.passed:
             self._failed.add(report.nodeid.split("[")[0])
 
-    def pytest_sessionfinish(self) -> None:
+    def _note(self, test: str, proved: list[str]) -> None:
+        for key in proved:
+            self._tests[key].add(test.split("[")[0])
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workerinput"):
+            return  # one of several processes; the one that asked them writes
         self.path.write_text(self.table())
 
     def table(self) -> str:
