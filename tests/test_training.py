@@ -320,7 +320,7 @@ def test_weighted_captions_and_no_token_padding_change_the_states_that_the_unet_
         session = prepared(settings | changes, tmp_path)
         seen = []
         predict = session.model.predict
-        session.model.predict = lambda x, t, s: (seen.append(s), predict(x, t, s))[1]
+        session.model.predict = lambda x, t, s, *sizes: (seen.append(s.states), predict(x, t, s, *sizes))[1]
         batch = session.feed[0]
         batch.captions[:] = ["a (cat:1.5)"]
         loop.batch_loss(session, batch)
@@ -330,7 +330,7 @@ def test_weighted_captions_and_no_token_padding_change_the_states_that_the_unet_
     assert with_brackets_as_text.shape == weighted.shape == (1, 77, 32)
     torch.testing.assert_close(weighted[:, :2], with_brackets_as_text[:, :2])  # begin mark, a
     plain = prepared(settings, tmp_path).model
-    expected = plain.text_states(plain.tokens(["a cat"]))
+    expected = plain.text_states(plain.tokens(["a cat"])).states
     torch.testing.assert_close(weighted[:, 2], 1.5 * expected[:, 2])
     torch.testing.assert_close(weighted[:, 3:], expected[:, 3:])
     short = states(weighted_captions=True, no_token_padding=True)

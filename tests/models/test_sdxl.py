@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from tests import reference, tiny
 from tests.models.test_sd import CPU, full_size, load, parts_of
 from trainer import models
+from trainer.data import cache
 from trainer.errors import TrainingError
 from trainer.models import clip_tokens
 
@@ -137,8 +138,8 @@ def test_the_vae_may_have_a_dtype_of_its_own_and_latents_that_are_no_numbers_are
     pixels = torch.rand(1, 3, 64, 64) * 2 - 1
     half = models.load(str(tiny_sdxl), "", torch.float16, CPU, 1, 75)
     half.vae.encoder.conv_in.weight.mul_(1e6)
-    with pytest.raises(TrainingError, match="sdxl_no_half_vae"):
-        half.encode(pixels)
+    with pytest.raises(TrainingError, match=r'"cat.png": it cannot compute in fp16.*\(sdxl_no_half_vae\)'):
+        cache.encode(half, pixels, ["cat.png"])
     full = models.load(str(tiny_sdxl), "", torch.float16, CPU, 1, 75, vae_dtype=torch.float32)
     assert (full.vae.dtype, full.unet.dtype) == (torch.float32, torch.float16)
     full.vae.encoder.conv_in.weight.mul_(1e6)
