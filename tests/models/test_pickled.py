@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import types
 import zipfile
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from trainer import models
 from trainer.errors import ModelError
-from trainer.models import weights
+from trainer.models import pickled, weights
 from trainer.models.families import check_vae, detect
 from trainer.models.pickled import Checkpoint
 
@@ -128,6 +129,67 @@ def test_a_damaged_checkpoint_is_refused(path, change):
     damaged(path, change)
     with pytest.raises(ModelError, match="is damaged"):
         Checkpoint(path)
+
+
+def crafted(path, content, compression=zipfile.ZIP_STORED):
+    """A checkpoint with this pickle, and one storage of 16 bytes."""
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr("archive/data.pkl", content)
+        file.writestr("archive/data/0", bytes(16))
+    return path
+
+
+# A dict with one float tensor `a` of the storage "0": offset, shape and stride follow as tuples.
+TENSOR = (
+    b"\x80\x02}U\x01actorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x04tQ%stRs."
+)
+NESTED = b"\x80\x02)" + b"".join(b"\x86" if i % 2 else b"2" for i in range(80))  # 2^40 leaves when told
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\x80\x02]r\xff\xff\xff\xff.", "numbers what it remembers"),
+        (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.", ""),
+        (b"\x80\x02" + b"(" * (1 << 24) + b".", "larger than 16 MB"),
+        (NESTED + b"Q.", "of no known kind"),
+        (TENSOR % b"K\x00(K\x05t(K\x01t", "impossible shape"),
+        (TENSOR % b"K\x00(J\xff\xff\xff\x7ft(K\x00t", "impossible shape"),
+        (TENSOR % b"K\x01(K\x04t(K\x01t", "cut off"),
+        (TENSOR % b"K\x00(M\x01\x01K\x00t(K\x01t", "impossible shape"),
+    ],
+    ids=["memory", "bytes", "size", "message", "beyond", "stretched", "offset", "sides"],
+)
+def test_a_crafted_pickle_is_refused_before_it_fills_the_memory(path, content, why):
+    tracemalloc.start()
+    with pytest.raises(ModelError, match=f"is damaged.*{why}"):
+        Checkpoint(crafted(path, content))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 100_000_000
+
+
+def test_a_tensor_within_its_storage_is_read(path):
+    assert read(crafted(path, TENSOR % b"K\x01(K\x03t(K\x01t"))["a"].tolist() == [0, 0, 0]
+
+
+def test_a_wrapper_that_holds_itself_has_no_tensors(path):
+    content = {}
+    content["state_dict"] = content
+    assert read(crafted(path, pickle.dumps(content))) == {}
+
+
+def test_packed_records_are_refused(path):
+    with pytest.raises(ModelError, match="are compressed"):
+        Checkpoint(crafted(path, TENSOR % b"K\x00(K\x04t(K\x01t", zipfile.ZIP_DEFLATED))
+
+
+def test_what_a_pickle_sets_is_forgotten(path):
+    """BUILD writes into functions and classes, too; the next file must not meet what one wrote."""
+    for named in (b"_rebuild_parameter", b"_rebuild_tensor_v2"):
+        crafted(path, b"\x80\x02ctorch._utils\n" + named + b"\n}U\x01xK\x01sb0}.")
+        assert read(path) == {}
+    assert "x" not in vars(pickled.Tensor.of.__func__)
 
 
 def test_other_content_is_refused(path):

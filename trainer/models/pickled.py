@@ -2,7 +2,8 @@
 
 A checkpoint is a zip archive (torch.save, PyTorch ≥ 1.6): `*/data.pkl` holds the names, dtypes and shapes, a
 record `*/data/KEY` each storage. The pickle is walked by an unpickler that knows tensors and dicts; whatever
-else it names (training frameworks leave their own objects) becomes an empty stand-in. Needs no torch.
+else it names (training frameworks leave their own objects) becomes an empty stand-in. What a crafted file can
+make this program hold is bounded by the file's own size and by `LARGEST_PICKLE`. Needs no torch.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.errors import ModelError
 from trainer.paths import shown
@@ -34,18 +35,18 @@ STORAGES = {
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
 }
+LARGEST_PICKLE = 1 << 24  # bytes; a model's names and shapes take less than 1 MB
+MOST_SIDES = 8
 # Where the weights are when the file has more than them.
 WRAPPERS = ("state_dict", "model", "module")
 
 
-@dataclass(frozen=True)
-class Storage:
+class Storage(NamedTuple):
     dtype: str
     key: str
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A view on a storage: `offset` and `stride` in elements."""
 
     storage: Storage
@@ -54,7 +55,9 @@ class Tensor:
     stride: tuple[int, ...]
 
     @classmethod
-    def of(cls, storage: Storage, offset: int, shape: Any, stride: Any, *_: Any) -> Tensor:
+    def of(cls, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Tensor:
+        if not isinstance(storage, Storage):
+            raise pickle.UnpicklingError("a tensor has no storage")
         return cls(storage, offset, tuple(shape), tuple(stride))
 
 
@@ -75,26 +78,25 @@ class _StandIn(dict):  # type: ignore[type-arg]
 
 
 class _Reader(pickle.Unpickler):
-    """Walks a pickle; every name in it leads to a class or function of this file."""
+    """Walks a pickle; every name in it leads to a class or function of this file.
+
+    Functions are made anew for each name, since a pickle may set attributes of what it is given.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.storage") and name in STORAGES:
             return STORAGES[name]
         if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
-            return Tensor.of
+            return lambda *given: Tensor.of(*given)
         if module == "torch._utils" and name == "_rebuild_parameter":
-            return _first
+            return lambda tensor, *_: tensor
         return _StandIn
 
     def persistent_load(self, pid: Any) -> Storage:
         match pid:
             case ("storage", str(dtype), str(key), *_):
                 return Storage(dtype, key)
-        raise pickle.UnpicklingError(f"the storage {pid!r} is of no known kind")
-
-
-def _first(tensor: Any, *_: Any) -> Any:
-    return tensor
+        raise pickle.UnpicklingError("a storage is of no known kind")
 
 
 class Checkpoint:
@@ -119,15 +121,12 @@ class Checkpoint:
             raise ModelError(f'"{name}" is a zip archive, but no PyTorch checkpoint.', "Name a .safetensors file.")
         self._root = pickles[0].removesuffix("data.pkl")
         try:
-            content = _Reader(io.BytesIO(self._zip.read(pickles[0]))).load()
+            _require_stored(self._zip, path.stat().st_size)
+            content = _Reader(io.BytesIO(_modest(self._zip, pickles[0]))).load()
             self.tensors = dict(_weights(content))
             for tensor in self.tensors.values():
                 _check(tensor, self.size_of(tensor.storage))
-        # A damaged pickle can fail in any of these ways.
-        except (
-            *(pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError, ValueError, TypeError),
-            *(AttributeError, IndexError, RecursionError, MemoryError, UnicodeDecodeError),
-        ) as error:
+        except Exception as error:  # a damaged pickle or archive can fail in any way
             self._zip.close()
             raise ModelError(f'"{name}" is damaged ({error}).', "Fetch the file again.") from error
         self.header = Header({}, {n: TensorInfo(t.storage.dtype, t.shape) for n, t in self.tensors.items()})
@@ -144,7 +143,7 @@ class Checkpoint:
                 while piece := file.read(1 << 22):
                     buffer[done : done + len(piece)] = piece
                     done += len(piece)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, EOFError) as error:
             raise ModelError(f'"{shown(self.path)}" is damaged ({error}).', "Fetch the file again.") from error
 
     def close(self) -> None:
@@ -157,24 +156,48 @@ def header(path: Path) -> Header:
         return checkpoint.header
 
 
+def _require_stored(archive: zipfile.ZipFile, size: int) -> None:
+    """Raises ValueError where records are packed, overlap or claim more than the file's `size` in bytes."""
+    records = archive.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError("its records are compressed, as PyTorch never writes them")
+    if sum(record.file_size for record in records) > size:
+        raise ValueError("its records are larger than the file")
+
+
+def _modest(archive: zipfile.ZipFile, name: str) -> bytes:
+    """The pickle. Raises ValueError where it, or what it asks to be remembered, would fill the memory."""
+    if archive.getinfo(name).file_size > LARGEST_PICKLE:
+        raise ValueError(f"its table of tensors is larger than {LARGEST_PICKLE >> 20} MB")
+    content = archive.read(name)
+    for operation, argument, _ in pickletools.genops(content):
+        # The reader's memory has a place for every number up to the largest.
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+            raise ValueError("it numbers what it remembers too highly")
+    return content
+
+
 def _weights(content: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint by name, from the innermost of its usual wrappers."""
-    while isinstance(content, Mapping):
-        inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
-        if not inner:
-            break
-        content = inner
+    for _ in WRAPPERS:  # one in the other at most, and never itself
+        if isinstance(content, Mapping):
+            inner = (content.get(name) for name in WRAPPERS)
+            content = next((one for one in inner if one and isinstance(one, Mapping)), content)
     if not isinstance(content, Mapping):
         raise pickle.UnpicklingError("it holds no table of tensors")
     for name, value in content.items():
-        if isinstance(value, Tensor):
-            yield str(name), value
+        if isinstance(name, str) and isinstance(value, Tensor):
+            yield name, value
 
 
 def _check(tensor: Tensor, size: int) -> None:
-    """Raises ValueError where a tensor reaches beyond its storage of `size` bytes, or is none."""
+    """Raises ValueError where a tensor reaches beyond its storage of `size` bytes, holds more, or is none."""
     numbers = (tensor.offset, *tensor.shape, *tensor.stride)
-    if len(tensor.shape) != len(tensor.stride) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
+    if (
+        not len(tensor.shape) == len(tensor.stride) <= MOST_SIDES
+        or not all(type(n) is int and 0 <= n < 2**48 for n in numbers)
+        or math.prod(tensor.shape) * BITS[tensor.storage.dtype] > 8 * size
+    ):
         raise ValueError("a tensor has an impossible shape")
     last = tensor.offset + sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride, strict=True))
     if math.prod(tensor.shape) and (last + 1) * BITS[tensor.storage.dtype] > 8 * size:
