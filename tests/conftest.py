@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the cores already
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # layers this small are computed sooner than a second thread wakes
 os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"  # nobody answers there
 
 

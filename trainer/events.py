@@ -112,6 +112,15 @@ class Verified(Event):
     def good(self) -> bool:
         return not self.problems
 
+    @property
+    def summary(self) -> str:
+        """What is wrong with the file; if nothing, who loads it."""
+        if self.problems:
+            return "; ".join(self.problems)
+        if self.loads_in:
+            return f"loads in {', '.join(self.loads_in)}"
+        return "whole, but no other program is known to load it"
+
 
 @dataclass(frozen=True)
 class Warned(Event):

@@ -212,7 +212,7 @@ def prove(s: Session, path: Path, step: int) -> None:
     if verified.problems:
         hint = "Training goes on; do not rely on this file."
         s.emit(Warned(f'"{path.name}" was read back: {" ".join(verified.problems)}', hint))
-    log.info("verified %s: %s", path.name, "; ".join(verified.problems) or f"loads in {', '.join(verified.loads_in)}")
+    log.info("verified %s: %s", path.name, verified.summary)
 
 
 def save_state(s: Session, step: int, due: Due) -> None:

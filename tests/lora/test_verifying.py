@@ -229,6 +229,15 @@ def test_other_namings_are_for_diffusers_alone(write):
     assert loads_in == ("diffusers",) and "convert" in passed_over["ComfyUI"]
 
 
+def test_one_line_says_what_is_wrong_or_who_loads_the_file_or_that_nobody_does(write):
+    assert verify(write(plain())).summary == f"loads in {', '.join(ALL)}"
+    norm = f"{KOHYA.partition('_transformer')[0]}_norm"
+    trained_norm = {f"{norm}.w_norm": torch.ones(8), f"{norm}.b_norm": torch.ones(8)}
+    of_its_own_size = pair(KOHYA, wide=32) | trained_norm
+    assert verify(write(of_its_own_size)).summary == "whole, but no other program is known to load it"
+    assert "changes nothing" in verify(write({name: t * 0 for name, t in plain().items()})).summary
+
+
 def test_a_model_of_its_own_size_is_told(write):
     loads_in, passed_over = loading(
         write, {f"{KOHYA}.lora_down.weight": (1, 32), f"{KOHYA}.lora_up.weight": (8, 1), f"{KOHYA}.alpha": ()}
