@@ -31,8 +31,11 @@ MOST_RUNS = 20
 
 
 def outlook(values: Mapping[str, Any], runs: Runs) -> dict[str, Any]:
-    """Summary, network's size and the last run that was like it; None for what is not known. Images are not decoded."""
-    checked = problems(kohya.Preset(dict(values)), decode=False)
+    """Summary, network's size and the last run that was like it; None for what is not known.
+
+    It follows the form, so no images are decoded and no network is asked.
+    """
+    checked = problems(kohya.Preset(dict(values)), decode=False, ask=False)
     size = size_of(checked.config) if checked.config else None
     return {
         "summary": asdict(checked.summary),

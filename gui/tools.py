@@ -111,7 +111,9 @@ class Tools:
                     except LorawrightError as error:
                         problems.append(Problem(key, p.label, str(error)))
                         continue
-                    if not line.strip().startswith(EMBEDDED) and not self.roots.holds(path):
+                    # What is embedded may be read by all, and is nobody's to write.
+                    is_embedded = line.strip().startswith(EMBEDDED) and key in tool.inputs
+                    if not is_embedded and not self.roots.holds(path):
                         problems.append(
                             Problem(key, p.label, f'"{line}" is outside the folders that this page may use')
                         )

@@ -46,6 +46,18 @@ def test_answer_and_gradient_are_those_of_the_weight_that_is_left(kind, make):
     )
 
 
+@pytest.mark.parametrize("kind", ERROR)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_outputs_without_weights_and_tiny_weights_stay_numbers(kind, dtype):
+    layer = torch.nn.Linear(128, 3, dtype=dtype).requires_grad_(False)
+    layer.weight[0], layer.weight[1] = 0, 1e-5
+    compact([layer], kind, CPU)
+    assert layer.weight.dtype == dtype and layer.weight.isfinite().all()
+    assert layer.weight[0].abs().max() < 1e-5  # int8's levels have no 0
+    if kind == "fp8":  # which alone has a scale for each output
+        torch.testing.assert_close(layer.weight[1].float(), torch.full((128,), 1e-5), rtol=0.1, atol=1e-7)
+
+
 def plain_answer(layer, x):
     if isinstance(layer, torch.nn.Linear):
         return torch.nn.functional.linear(x, layer.weight, layer.bias)

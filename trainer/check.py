@@ -50,7 +50,7 @@ class Summary:
     total_steps: int | None = None
     epochs: int | None = None
     buckets: tuple[tuple[int, int, int], ...] = ()
-    family: str | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,14 @@ class Checked:
         return tuple(problem for problem in self.problems if problem.severity == "error")
 
 
-def problems(preset: Preset, decode: bool = True) -> Checked:
+def problems(preset: Preset, *, decode: bool = True, ask: bool = True) -> Checked:
     """Check settings, model, images, captions, folders and prompts of a preset; writes nothing.
 
-    Without `decode` only the images' headers are read: quicker, but damage further in is not found.
+    Without `decode` only the images' headers are read: quicker, but damage further in is not found. Without `ask`
+    no network is: nothing is said of a model on huggingface.co that was not fetched yet.
     """
     config, found = settings(preset.values)
-    model, model_problems = _model(config)
+    model, model_problems = _model(config, ask)
     survey = folders.survey(config.folders, config.captions, decode)
     places, place_problems = _places(config, survey.dataset.pictures)
     found += [
@@ -121,7 +122,7 @@ def _lines(checked: Checked) -> Iterator[str]:
         yield (
             f"Ready: {summary.images} images{beside}, {summary.repeats} seen in an epoch, in {len(summary.buckets)} "
             f"bucket(s); {summary.total_steps} steps in {summary.epochs} epoch(s) of {summary.batches_per_epoch} "
-            f"batches; {FAMILIES[summary.family].title if summary.family else 'no base model'}."
+            f"batches; {summary.model or 'no base model'}."
         )
 
 
@@ -135,11 +136,14 @@ def settings(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
     return config, found
 
 
-def _model(config: Config) -> tuple[Found | None, list[Problem]]:
+def _model(config: Config, ask: bool) -> tuple[Found | None, list[Problem]]:
     key, source = "pretrained_model_name_or_path", config.model.path.strip()
     try:
-        found = families.detect(families.locate(source), complete=not hub.is_name(source))
-        awaited = sum(hub.files(source).values()) if hub.is_name(source) and not hub.folder(source) else 0
+        to_fetch = hub.is_name(source) and not hub.folder(source)
+        if to_fetch and not ask:
+            return None, []
+        found = families.detect(families.locate(source), complete=not to_fetch)
+        awaited = sum(hub.files(source).values()) if to_fetch else 0
     except LorawrightError as error:
         return None, [problem_with(key, error)]
     wrong = []
@@ -416,9 +420,9 @@ def _masks(config: Config, pictures: tuple[Picture, ...]) -> Iterator[Problem]:
 def _summary(config: Config, pictures: tuple[Picture, ...], places: list[Size] | None, model: Found | None) -> Summary:
     training = sum(not picture.regularisation for picture in pictures)
     repeats = [picture.repeats for picture in pictures]
-    family = model.family if model else None
+    title = model.title if model else None
     if not places:
-        return Summary(training, len(pictures) - training, sum(repeats), family=family)
+        return Summary(training, len(pictures) - training, sum(repeats), model=title)
     counts: Counter[Size] = Counter()
     for bucket, count in zip(places, repeats, strict=True):
         counts[bucket] += count
@@ -431,5 +435,5 @@ def _summary(config: Config, pictures: tuple[Picture, ...], places: list[Size] |
         length.total_steps,
         length.epochs,
         tuple((*bucket, count) for bucket, count in sorted(counts.items())),
-        family,
+        title,
     )

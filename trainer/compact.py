@@ -20,7 +20,8 @@ class Fp8:
 
     def __init__(self, weight: torch.Tensor) -> None:
         largest = weight.float().abs().amax(tuple(range(1, weight.ndim)), keepdim=True)
-        self.scale = (largest / LARGEST_FP8).clamp(min=torch.finfo(torch.float32).tiny).to(weight.dtype)
+        # At least the dtype's smallest whole-precision number: in fp16 a smaller scale would be 0, and 0 / 0 no number.
+        self.scale = (largest / LARGEST_FP8).clamp(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
         self.values = (weight / self.scale).clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn)
 
     def __call__(self) -> torch.Tensor:

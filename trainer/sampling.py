@@ -16,6 +16,7 @@ from PIL import Image, PngImagePlugin
 from trainer.data.texts import Texts
 from trainer.models import Schedule
 from trainer.prompts import Prompt
+from trainer.run import unfinished
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,5 @@ def save_png(image: Image.Image, path: Path, parameters: str) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_itxt("parameters", parameters)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG", pnginfo=info)
-    temporary.replace(path)
+    with unfinished(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import LorawrightError
+from trainer.models import hub
 from trainer.models.facts import FAMILIES
-from trainer.models.families import UNET, detect, locate
+from trainer.models.families import UNET, detect, header_of, locate, weight_files
 from trainer.schema import Config
 from trainer.schema.rules import text_encoder_rate, unet_rate
 from trainer.tensorfile import Header, header
@@ -32,9 +33,14 @@ class Size:
 
 
 def size_of(config: Config) -> Size | None:
-    """The network's size; None where only building it tells (other LoRA types, sizes block by block)."""
+    """The network's size; None where only building it tells (other LoRA types, sizes block by block).
+
+    No network is asked: None for a model on huggingface.co that was not fetched yet.
+    """
     network, blocks = config.network, config.blocks
     if network.type != "Standard" or network.dim_from_weights or network.norms or blocks.ranks or blocks.conv_ranks:
+        return None
+    if hub.is_name(config.model.path) and not hub.folder(config.model.path.strip()):
         return None
     try:
         path = locate(config.model.path)
@@ -43,7 +49,7 @@ def size_of(config: Config) -> Size | None:
             *(_unet(path) if unet_rate(config) else ()),
             *(_text(path, family.encoders) if text_encoder_rate(config) else ()),
         ]
-    except (LorawrightError, KeyError):
+    except LorawrightError:
         return None  # the check tells what is wrong with the model
     weights = sum(network.rank * (wide + high) for wide, high in layers)
     file_bytes = weights * _BYTES[config.saving.precision] + len(layers) * _HEADER_BYTES
@@ -72,6 +78,6 @@ def _text(path: Path, encoders: tuple) -> Iterator[tuple[int, int]]:
 def _heads(path: Path, part: str, prefix: str) -> Iterator[tuple[Header, str]]:
     """The headers that hold a part of a model, and what its tensors' names begin with there."""
     if path.is_dir():
-        yield from ((header(file), "") for file in sorted((path / part).glob("*.safetensors"))[:1])
+        yield from ((header(file), "") for file in weight_files(path / part))
     else:
-        yield header(path), prefix
+        yield header_of(path), prefix

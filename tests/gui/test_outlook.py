@@ -6,7 +6,11 @@ import pytest
 
 from gui.outlook import outlook
 from gui.runs import Runs
+from trainer.check import problems
+from trainer.errors import ModelError
 from trainer.events import EventLog, Step
+from trainer.kohya import Preset
+from trainer.models import hub
 from trainer.run import Run
 
 DEMO = {"train_data_dir": "embedded:images", "max_resolution": "128,128", "caption_extension": ".txt"}
@@ -42,3 +46,20 @@ def test_time_and_memory_are_those_of_the_newest_run_that_is_alike(shelf):
 def test_what_stands_in_the_way_is_counted(shelf):
     found = outlook({"train_data_dir": "/nowhere", "learning_rate": "fast"}, shelf)
     assert found["errors"] >= 2 and found["summary"]["total_steps"] is None
+
+
+def test_a_model_on_huggingface_is_asked_for_by_the_check_alone(shelf, monkeypatch):
+    asked = []
+
+    def files(name):
+        asked.append(name)
+        raise ModelError("no network")
+
+    monkeypatch.setattr(hub, "files", files)
+    monkeypatch.setattr(hub, "folder", lambda name: None)
+    values = DEMO | {"pretrained_model_name_or_path": "someone/model"}
+    found = outlook(values, shelf)
+    assert (asked, found["errors"], found["size"]) == ([], 0, None)
+    assert found["summary"]["images"] == 24
+    assert "no network" in str(problems(Preset(values), decode=False).errors[0])
+    assert asked

@@ -79,6 +79,16 @@ def test_a_file_of_peft_takes_alpha_from_the_settings_beside_it(tmp_path):
     assert torch.allclose(updates(file)["lora_unet_mid_block_attentions_0_proj_in"], delta(layer), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "settings", ["{broken", "[1]", '{"unet.lora_alpha": "much"}', '{"unet.alpha_pattern": {"(": 1}}']
+)
+def test_settings_of_an_adapter_that_are_none_are_refused(write, settings):
+    names = ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "unet.mid_block.attentions.0.proj_in.lora_B.weight")
+    tensors = dict(zip(names, (torch.ones(2, 6), torch.ones(5, 2)), strict=True))
+    with pytest.raises(ModelError, match="adapter's settings cannot be read"):
+        read(write(tensors, {"lora_adapter_metadata": settings}))
+
+
 OLDER = {
     "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora": "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0",
     "mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_q_lora": "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q",

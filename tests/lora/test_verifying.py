@@ -143,6 +143,14 @@ def test_a_layer_that_the_family_does_not_have_is_found(saved):
     )
 
 
+def test_a_layer_that_no_family_has_is_found_where_nothing_tells_the_family(write):
+    stranger = "lora_unet_down_blocks_9_resnets_0_conv1"
+    assert (
+        f"are not in a model of Stable Diffusion 1.x, Stable Diffusion 2.x or SDXL (the first: {stranger})"
+        in problems(write(pair(stranger)))
+    )
+
+
 def test_metadata_that_is_lost_is_a_problem_of_our_own_file_and_a_warning_of_others(saved):
     said = reference.read("sd15_lora_keys")["metadata"]
     path, expected = saved(metadata={k: v for k, v in said.items() if k != "ss_tag_frequency"})

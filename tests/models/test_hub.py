@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from trainer.models.hub import is_name
 
 NAME, COMMIT = "someone/tiny-xl", "c" * 40
 FETCH = """
@@ -25,6 +26,14 @@ path = families.locate(sys.argv[1], lambda done, total: told.append((done, total
 found = families.detect(path)
 print(json.dumps({"path": str(path), "told": told, "family": found.family, "torch": "torch" in sys.modules}))
 """
+
+
+@pytest.mark.parametrize(
+    "text", ["a/..", "a/b..c", "a--b/c", "a/b-", "a/.b", "a/b.git", "a/b/c", "/a/b", "models", "ä/b", "a/" + "b" * 97]
+)
+def test_what_cannot_be_a_name_there_is_a_path(text):
+    assert not is_name(text)
+    assert is_name("stabilityai/stable-diffusion-xl-base-1.0") and is_name(" a/b ")
 
 
 @pytest.fixture(scope="module")

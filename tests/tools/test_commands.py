@@ -98,6 +98,14 @@ def test_paths_outside_the_allowed_folders_are_refused_for_reading_and_writing(t
     assert [(p.key, "outside the folders" in p.message) for p in found] == [("output", True)]
 
 
+def test_nothing_is_written_where_the_embedded_files_are(tools, tmp_path):
+    inside = loras.write(tmp_path / "a.safetensors")
+    given = {"model": "embedded:base.safetensors", "loras": str(inside), "strengths": "1", "precision": "same"}
+    found = tools.start("merge", given | {"output": "embedded:base.safetensors"})
+    assert [(p.key, "outside the folders" in p.message) for p in found] == [("output", True)]
+    assert tools.start("merge", given | {"output": str(tmp_path / "out.safetensors")}) == []
+
+
 def test_a_link_does_not_lead_outside(tools, tmp_path):
     (tmp_path / "link.safetensors").symlink_to("/etc/hosts")
     assert "outside the folders" in tools.start("inspect", entries(tmp_path / "link.safetensors"))[0].message

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.tools import loras
 from tests.tools.loras import CONV, LAYERS, PROJ_IN, TEXT, TO_Q, run
+from trainer.models.pickled import Checkpoint
 
 
 def merged(capsys, *words):
@@ -31,6 +33,24 @@ def test_each_weight_grows_by_strength_times_its_update_and_nothing_else_changes
         delta = 0.8 * loras.delta(one, changed[name]) - 0.5 * loras.delta(two, changed[name])
         wanted = before[name].double().flatten(1).numpy() + delta
         np.testing.assert_allclose(after[name].flatten(1).numpy(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_of_pytorch_is_merged_as_its_safetensors_file(tiny_model, tmp_path, capsys, monkeypatch):
+    lora = loras.write(tmp_path / "lora.safetensors")
+    torch.save({"state_dict": load_file(tiny_model)}, tmp_path / "base.ckpt")
+    with safe_open(tiny_model, framework="pt") as file:
+        metadata = {"config": file.metadata()["config"]}  # of the tiny model, which a checkpoint has no place for
+    whole = Checkpoint.__init__
+
+    def opened(self, path):
+        whole(self, path)
+        self.header = replace(self.header, metadata=metadata)
+
+    monkeypatch.setattr(Checkpoint, "__init__", opened)
+    merged(capsys, tiny_model, lora, "--output", tmp_path / "one.safetensors")
+    merged(capsys, tmp_path / "base.ckpt", lora, "--output", tmp_path / "two.safetensors")
+    one, two = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "two.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_the_result_is_what_the_trainers_network_answers(tiny_model, tmp_path, capsys):

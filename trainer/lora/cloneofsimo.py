@@ -41,7 +41,7 @@ def places(path: Path, head: Header) -> tuple[dict[str, Place], list[str]]:
         count = sum(name.startswith(f"{part}:") and name.endswith(":down") for name in head.tensors)
         if not count:
             continue
-        trained = set(json.loads(head.metadata.get(part, "[]") or "[]"))
+        trained = _classes(path, head.metadata.get(part, ""))
         layers = list(_text_layers(count // 4)) if expected is None else expected
         if not trained or trained - classes or count != len(layers):
             raise ModelError(
@@ -63,6 +63,14 @@ def places(path: Path, head: Header) -> tuple[dict[str, Place], list[str]]:
     if words:
         notes.append(f"The embeddings of new words ({', '.join(words)}) have no place in a LoRA file and are left out.")
     return found, notes
+
+
+def _classes(path: Path, text: str) -> set[str]:
+    """The classes that the metadata lists. Raises ModelError where it is no list of names."""
+    try:
+        return {str(name) for name in json.loads(text or "[]")}
+    except (ValueError, TypeError) as error:
+        raise ModelError(f'"{shown(path)}" is damaged: its list of classes is not JSON.', "Fetch it again.") from error
 
 
 def _feed_forward_last(head: Header) -> bool:

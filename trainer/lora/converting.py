@@ -67,10 +67,7 @@ def _for_kohya(file: LoraFile) -> dict[str, str]:
         "ss_network_alpha": str(*alphas) if len(alphas) == 1 else "Dynamic",
     }
     if lora.family:
-        told |= {
-            "ss_base_model_version": FAMILIES[lora.family].versions["epsilon"],
-            "ss_v2": str(lora.family == "sd2"),
-        }
+        told |= FAMILIES[lora.family].entries("epsilon")
     return kept if any(key.startswith("ss_") for key in kept) else kept | told
 
 

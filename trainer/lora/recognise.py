@@ -173,7 +173,11 @@ def recognise(text: str | Path, missing_alpha: Literal["", "rank"] = "") -> Lora
     alphas: dict[str, float] = {}
     if naming != "kohya" or missing_alpha:
         layers = {kohya(place.layer, family): place.layer for place in found.values()}
-        alphas, note = _alphas(path, head.metadata, layers, tensors)
+        try:
+            alphas, note = _alphas(path, head.metadata, layers, tensors)
+        except (ValueError, TypeError, AttributeError, re.error) as error:
+            why = f"its adapter's settings cannot be read ({error})"
+            raise _malformed(path, why, "Fetch or save it again.") from error
         notes += note
     _require_whole(path, tensors, alphas)
     return Lora(
@@ -342,20 +346,17 @@ def _alphas(
 
 
 def _adapter_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """PEFT's settings by part of the model; "" for any."""
-    try:
-        if ADAPTER in metadata:
-            flat = json.loads(metadata[ADAPTER])
-            parts: dict[str, dict[str, Any]] = {}
-            for key, value in flat.items():
-                part, dot, name = key.partition(".")
-                part, name = (part, name) if dot and part in set(PARTS.values()) else ("", key)
-                parts.setdefault(part, {})[name] = value
-            return parts
-        beside = path.with_name("adapter_config.json")
-        return {"": json.loads(beside.read_text(encoding="utf-8"))} if beside.is_file() else {}
-    except (ValueError, AttributeError) as error:
-        raise _malformed(path, f"its adapter's settings are not JSON ({error})", "Fetch or save it again.") from error
+    """PEFT's settings by part of the model; "" for any. Raises ValueError or AttributeError for what is none."""
+    if ADAPTER in metadata:
+        flat = json.loads(metadata[ADAPTER])
+        parts: dict[str, dict[str, Any]] = {}
+        for key, value in flat.items():
+            part, dot, name = key.partition(".")
+            part, name = (part, name) if dot and part in set(PARTS.values()) else ("", key)
+            parts.setdefault(part, {})[name] = value
+        return parts
+    beside = path.with_name("adapter_config.json")
+    return {"": json.loads(beside.read_text(encoding="utf-8"))} if beside.is_file() else {}
 
 
 def _type(layers: Mapping[str, Mapping[str, TensorInfo]]) -> str:

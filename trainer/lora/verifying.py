@@ -16,6 +16,7 @@ from trainer.lora.programs import loading, of_usual_size, strangers
 from trainer.lora.reading import LoraFile, read
 from trainer.lora.recognise import by_layer
 from trainer.models.facts import FAMILIES
+from trainer.models.families import TITLES
 
 # What sd-scripts writes into every file of a training, and readers rely on.
 REQUIRED = [
@@ -158,7 +159,8 @@ def _names(file: LoraFile) -> str:
     unknown = strangers(file.about)
     if not unknown:
         return ""
-    title = FAMILIES[file.about.family].title
+    family = FAMILIES.get(file.about.family)
+    title = family.title if family else TITLES
     return f"{len(unknown)} of {file.about.modules} layers are not in a model of {title} (the first: {unknown[0]})."
 
 

@@ -98,6 +98,10 @@ class Family:
         """Of the text states that a full-size model's U-Net attends to."""
         return self.configs["unet"]["cross_attention_dim"]  # type: ignore[no-any-return]
 
+    def entries(self, prediction: str) -> dict[str, str]:
+        """What sd-scripts says of such a base model in a LoRA's metadata."""
+        return {"ss_v2": str(self.switch == "v2"), "ss_base_model_version": self.versions[prediction]}
+
 
 CLIP_L = "transformer.text_model."
 SDXL_ARCHITECTURE = "stable-diffusion-xl-v1-base"

@@ -42,6 +42,13 @@ class Found:
     vae_channels: int | None = None
     zero_terminal_snr: bool = False
 
+    @property
+    def title(self) -> str:
+        """In a line: "SDXL, v-prediction, zero terminal SNR". What it does not say of itself is left out."""
+        predictions = {"": "", "epsilon": "epsilon prediction", "v_prediction": "v-prediction"}
+        snr = "zero terminal SNR" if self.zero_terminal_snr else ""
+        return ", ".join(part for part in (FAMILIES[self.family].title, predictions[self.prediction], snr) if part)
+
 
 def locate(source: str, progress: hub.Progress | None = None) -> Path:
     """The path of the base model that the settings name; empty means the embedded one.
@@ -69,7 +76,7 @@ def detect(path: Path, *, complete: bool = True) -> Found:
 
 
 def _file(path: Path) -> Found:
-    head = _header(path)
+    head = header_of(path)
     tensors = head.tensors
     what = other_than_a_base_model(tensors)
     if what:
@@ -92,7 +99,8 @@ def _file(path: Path) -> Found:
     return Found(name, prediction, "single file", what, width, _vae_channels(tensors), zero_terminal_snr)
 
 
-def _header(path: Path) -> Header:
+def header_of(path: Path) -> Header:
+    """The header of a model's file; only one called .ckpt or .pt is read as PyTorch's checkpoint."""
     return pickled.header(path) if path.suffix.lower() in pickled.ENDINGS else header(path)
 
 
@@ -330,7 +338,9 @@ def weight_files(folder: Path) -> list[Path]:
             index = folder / f"{stem}.safetensors.index{variant}.json"
             if index.is_file():
                 places = _json(index).get("weight_map")
-                return [folder / str(name) for name in sorted(set(places.values()))] if isinstance(places, dict) else []
+                # Names alone: a list that leads out of the folder is not followed.
+                names = {Path(str(name)).name for name in places.values()} if isinstance(places, dict) else set()
+                return [folder / name for name in sorted(names)]
     pickles = [p.name for p in folder.glob("*.bin")]
     also = f' ("{shown(pickles[0])}" is a pickle, which can hide programs)' if pickles else ""
     raise ModelError(
@@ -368,7 +378,7 @@ def check_vae(text: str, base: Found | None = None) -> None:
             header(file)
         channels = config["latent_channels"]
     else:
-        tensors = _header(path).tensors
+        tensors = header_of(path).tensors
         first = next(
             (n for n in ("first_stage_model.decoder.conv_in.weight", "decoder.conv_in.weight") if n in tensors), ""
         )

@@ -17,15 +17,18 @@ TIMEOUT_S = 5
 EVERY_S = 0.5
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 CONFIG = re.compile(rf"model_index\.json|scheduler/scheduler_config\.json|({'|'.join(PARTS)})/config\.json")
+WORD = r"\w(?:[\w.-]{0,94}\w)?"  # as its names are
 WEIGHTS = re.compile(
     rf"({'|'.join(PARTS)})/(diffusion_pytorch_model|model)\.[\w.-]*(safetensors|safetensors\.index[\w.]*\.json)"
 )
+NAME = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){WORD}/{WORD}", re.ASCII)
 Progress = Callable[[int, int], None]
 
 
 def is_name(source: str) -> bool:
     """Whether the text has the form of a model's name there, and is no path here."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source.strip())) and not Path(source.strip()).exists()
+    name = source.strip()
+    return bool(NAME.fullmatch(name)) and not Path(name).exists()
 
 
 def folder(name: str) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -12,6 +11,7 @@ from accelerate import init_empty_weights
 
 from trainer.errors import ModelError
 from trainer.models import layout, pickled
+from trainer.models.families import weight_files
 from trainer.paths import shown
 from trainer.tensorfile import header
 
@@ -27,16 +27,36 @@ DTYPES = {
 }
 
 
+class _Buffer:
+    """Where one tensor after the other is read before it is copied to stay.
+
+    Freed one by one between those that stay, such tensors leave holes that nothing fits in: loading then
+    takes 1.4 times the weights.
+    """
+
+    def __init__(self) -> None:
+        self._content = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, size: int) -> torch.Tensor:
+        if len(self._content) < size:
+            self._content = torch.empty(size, dtype=torch.uint8)
+        return self._content[:size]
+
+
 class Safetensors:
     """A .safetensors file that is read, not mapped: pages of a mapped file count as this process's memory."""
 
     def __init__(self, path: Path) -> None:
         self.header = header(path)
-        self._path, self._file = path, path.open("rb")
+        self._path, self._file, self._buffer = path, path.open("rb"), _Buffer()
 
     def get_tensor(self, name: str) -> torch.Tensor:
+        return self.look(name).clone()
+
+    def look(self, name: str) -> torch.Tensor:
+        """A tensor as it is stored, until the next look."""
         info = self.header.tensors[name]
-        content = torch.empty(info.size, dtype=torch.uint8)
+        content = self._buffer.of(info.size)
         self._file.seek(self.header.data_begin + info.begin)
         if self._file.readinto(memoryview(content.numpy())) != info.size:
             raise ModelError(f'"{shown(self._path)}" ends within {name}.', "Fetch the file again.")
@@ -50,12 +70,16 @@ class Pickled:
     """A PyTorch checkpoint, read storage by storage."""
 
     def __init__(self, path: Path) -> None:
-        self._file, self._path = pickled.Checkpoint(path), path
+        self._file, self._path, self._buffer = pickled.Checkpoint(path), path, _Buffer()
         self.header = self._file.header
 
     def get_tensor(self, name: str) -> torch.Tensor:
+        return self.look(name).clone()
+
+    def look(self, name: str) -> torch.Tensor:
+        """A tensor as it is stored, until the next look."""
         tensor = self._file.tensors[name]
-        content = torch.empty(self._file.size_of(tensor.storage), dtype=torch.uint8)
+        content = self._buffer.of(self._file.size_of(tensor.storage))
         self._file.read_into(memoryview(content.numpy()), tensor.storage)
         whole = content.view(dtype_of(self._path, name, tensor.storage.dtype))
         return whole.as_strided(tensor.shape, tensor.stride, tensor.offset)
@@ -109,29 +133,34 @@ def fill(
         )
     state = {}
     for theirs, ours in names.items():
-        for name, tensor in layout.taken(theirs, file.get_tensor(theirs), ours):
+        for name, tensor in layout.taken(theirs, file.look(theirs), ours):
             shape = wanted[name].shape
             if tensor.numel() != shape.numel():
                 raise ModelError(
                     f'"{shown(path)}": {theirs} has the shape {list(tensor.shape)}, the model needs {list(shape)}.',
                     "The file is of another model family than its names say; choose another base model.",
                 )
-            state[name] = tensor.reshape(shape).to(device, dtype)
+            state[name] = _kept(tensor.reshape(shape), dtype, device)
     module.load_state_dict(state, strict=False, assign=True)
+
+
+def _kept(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A copy to stay; convolutions' weights channels last, in which order they compute fastest."""
+    order = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+    return tensor.to(device, dtype, memory_format=order, copy=True)
 
 
 def fill_from_folder(module: torch.nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Give an empty module its weights from a diffusers component folder, sharded or not."""
-    shards = _shards(folder)
     wanted = dict(module.named_parameters())
     state = {}
     with ExitStack() as stack:
-        for shard in shards:
+        for shard in weight_files(folder):
             file = stack.enter_context(opened(shard))
             for name in file.header.tensors:
                 ours = name if name in wanted else name.removeprefix("text_model.")
                 if ours in wanted:
-                    state[ours] = file.get_tensor(name).to(device, dtype)
+                    state[ours] = _kept(file.look(name), dtype, device)
     missing = sorted(set(wanted) - set(state))
     if missing:
         raise ModelError(
@@ -139,18 +168,3 @@ def fill_from_folder(module: torch.nn.Module, folder: Path, dtype: torch.dtype, 
             "The folder is incomplete; download the model again.",
         )
     module.load_state_dict(state, strict=False, assign=True)
-
-
-def _shards(folder: Path) -> list[Path]:
-    for stem in ("diffusion_pytorch_model", "model"):
-        for variant in ("", ".fp16"):
-            single = folder / f"{stem}{variant}.safetensors"
-            if single.exists():
-                return [single]
-            index = folder / f"{stem}.safetensors.index{variant}.json"
-            if index.exists():
-                return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    raise ModelError(
-        f'"{shown(folder)}" holds no .safetensors weights.',
-        "Save the model with safetensors (diffusers: save_pretrained) or choose another.",
-    )

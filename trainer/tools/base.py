@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +12,7 @@ import torch
 from trainer.lora.names import Layer
 from trainer.models import families, layout
 from trainer.models.facts import FAMILIES, Family
-from trainer.models.weights import Safetensors
-from trainer.paths import base_model
+from trainer.models.weights import Pickled, Safetensors, opened
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Base:
     path: Path
     family: Family
     prediction: str
-    files: dict[Path, Safetensors]
+    files: dict[Path, Safetensors | Pickled]
     places: dict[tuple[Layer, str], Place]
     _open: ExitStack = field(repr=False)
 
@@ -69,8 +68,8 @@ class Base:
 
 def open_base(text: str) -> Base:
     """Open the base model that `text` names. Raises ModelError when it is none."""
-    path = base_model(text)
-    found = families.detect(families.locate(text))
+    path = families.locate(text)
+    found = families.detect(path)
     family = FAMILIES[found.family]
     parts = [part for part in family.parts if part != "vae"]
     with ExitStack() as stack:
@@ -78,13 +77,15 @@ def open_base(text: str) -> Base:
             paths = [file for part in family.parts for file in families.weight_files(path / part)]
         else:
             paths = [path]
-        files = {file: stack.enter_context(closing(Safetensors(file))) for file in paths}
+        files = {file: stack.enter_context(opened(file)) for file in paths}
         places = _of_folder(path, parts, files) if path.is_dir() else _of_file(path, family, parts, files[path])
         return Base(path, family, found.prediction or "epsilon", files, places, stack.pop_all())
-    raise AssertionError
+    raise AssertionError  # an ExitStack may swallow errors, says its type; this one does not
 
 
-def _of_folder(path: Path, parts: list[str], files: dict[Path, Safetensors]) -> dict[tuple[Layer, str], Place]:
+def _of_folder(
+    path: Path, parts: list[str], files: dict[Path, Safetensors | Pickled]
+) -> dict[tuple[Layer, str], Place]:
     return {
         (_layer(part, name), kind): Place(file, tensor, kind)
         for part in parts
@@ -95,7 +96,9 @@ def _of_folder(path: Path, parts: list[str], files: dict[Path, Safetensors]) -> 
     }
 
 
-def _of_file(path: Path, family: Family, parts: list[str], file: Safetensors) -> dict[tuple[Layer, str], Place]:
+def _of_file(
+    path: Path, family: Family, parts: list[str], file: Safetensors | Pickled
+) -> dict[tuple[Layer, str], Place]:
     configs = json.loads(file.header.metadata.get("config", "{}")) or family.configs
     places: dict[tuple[Layer, str], Place] = {}
     for part, names in layout.tables(family, configs).items():

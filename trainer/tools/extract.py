@@ -11,7 +11,7 @@ from trainer.lora.names import Layer, kohya
 from trainer.tools import Report, Tell
 from trainer.tools.base import Base, open_base
 from trainer.tools.commands import Extract
-from trainer.tools.lora_file import ALPHA, DOWN, UP, Roles, base_entries, precision_of, save_layers, spec, written
+from trainer.tools.lora_file import ALPHA, DOWN, UP, Roles, precision_of, save_layers, spec, written
 from trainer.tools.low_rank import as_layers, decompose, factors, kept_norm
 
 ATTENTION = (".attentions.", ".self_attn.", ".mlp.")
@@ -66,7 +66,7 @@ def run(options: Extract, tell: Tell) -> Report:
         stored = [info for file in tuned.files.values() for info in file.header.tensors.values()]
         conv = {"conv_dim": str(options.conv_rank), "conv_alpha": str(float(options.conv_rank or 0))}
         metadata = {
-            **base_entries(original.family, tuned.prediction),
+            **original.family.entries(tuned.prediction),
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(options.rank),
             "ss_network_alpha": str(float(options.rank)),

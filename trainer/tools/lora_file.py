@@ -17,9 +17,10 @@ from trainer.errors import ConfigError, ModelError, Problem
 from trainer.lora.reading import LoraFile
 from trainer.lora.recognise import CONVOLUTION
 from trainer.models.facts import FAMILIES, Family
+from trainer.models.families import header_of
 from trainer.models.weights import DTYPES as FILE_DTYPES
 from trainer.paths import resolve
-from trainer.tensorfile import TensorInfo, header
+from trainer.tensorfile import TensorInfo
 from trainer.tools.stream import cast, unfinished
 
 UP, DOWN, MID, ALPHA = "lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha"
@@ -170,13 +171,6 @@ def family_of(files: Sequence[LoraFile]) -> tuple[Family | None, str]:
     return FAMILIES.get(next(iter(names), "")), "v_prediction" if any(s.startswith("v") for s in said) else "epsilon"
 
 
-def base_entries(family: Family | None, prediction: str) -> dict[str, str]:
-    """What sd-scripts says of the base model in a LoRA's metadata."""
-    if family is None:
-        return {}
-    return {"ss_v2": str(family.name == "sd2"), "ss_base_model_version": family.versions[prediction]}
-
-
 def spec(
     family: Family | None, prediction: str, title: str, sources: Sequence[Path], *, is_lora: bool
 ) -> dict[str, str]:
@@ -200,5 +194,5 @@ def spec(
 
 
 def _title(path: Path) -> str:
-    said = header(path).metadata.get("modelspec.title") if path.is_file() else None
+    said = header_of(path).metadata.get("modelspec.title") if path.is_file() else None
     return said or path.stem

@@ -16,7 +16,6 @@ from trainer.tools.lora_file import (
     DOWN,
     UP,
     Roles,
-    base_entries,
     biases_left_out,
     factors,
     family_of,
@@ -66,7 +65,7 @@ def run(options: MergeLoras, tell: Tell) -> Report:
         )
     dtype = precision_of(options.precision, files[0].about.tensors.values())
     metadata = {
-        **base_entries(family, prediction),
+        **(family.entries(prediction) if family else {}),
         "ss_network_module": "networks.lora",
         **ranks_told(layers),
         **spec(family, prediction, out.stem, [path for path, _ in pairs], is_lora=True),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from trainer import run
 from trainer.checkpoint import set_aside
 from trainer.errors import TrainingError
 from trainer.models.weights import DTYPES
@@ -54,22 +54,10 @@ def write(
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file or folder under; it becomes `path` at the with block's end.
-
-    What is in the way is kept under a name with its date. When the block is left otherwise (an error,
-    Ctrl-C), nothing remains.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    """As that of `trainer.run`; what is in the way is kept under a name with its date."""
+    with run.unfinished(path) as temporary:
         yield temporary
         set_aside(path)
-        temporary.rename(path)
-    except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
