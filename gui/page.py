@@ -290,7 +290,7 @@ def outline(summary: Mapping[str, Any]) -> str:
         f"{summary['repeats']} seen in an epoch" if summary.get("repeats") else "",
         _counted(summary.get("epochs"), "epoch"),
         _counted(summary.get("total_steps"), "step"),
-        str(summary.get("family") or ""),
+        str(summary.get("model") or ""),
     ]
     return " · ".join(part for part in parts if part)
 

@@ -11,6 +11,7 @@ class Form {
     this.entries = Object.fromEntries(table.map((p) => [p.key, p.default]));
     this.kept = {};
     this.errors = new Map();
+    this.remarks = new Map();
     this.forced = new Set();
     this.readers = [];
     this.fillers = [];
@@ -129,9 +130,12 @@ class Form {
     const differs = this.changed().map(id);
     const wrong = [...this.errors].map(([key, message]) =>
       `#field-${key}{--lw-edge:var(--lw-red)}#field-${key}::after{content:${quoted(message)}}`);
+    const remarks = [...this.remarks].filter(([key]) => !this.errors.has(key)).map(([key, text]) =>
+      `#field-${key}::after{--lw-red:var(--lw-muted);content:${quoted(text)}}`);
     this.style.textContent = [
       away.length ? `${away.join(",")}{display:none!important}` : "",
       differs.length ? `${differs.map((one) => `${one} .lw-dot`).join(",")}{display:block}` : "",
+      ...remarks,
       ...wrong,
     ].join("\n");
     for (const p of this.table) this.input(p.key)?.toggleAttribute("aria-invalid", this.errors.has(p.key));
@@ -140,6 +144,12 @@ class Form {
   // What the schema finds wrong, shown at the fields while they are being filled.
   mark(problems) {
     this.errors = new Map(problems.filter((p) => p.severity === "error" && this.known(p.key)).map((p) => [p.key, p.message]));
+    this.paint();
+  }
+
+  // What is to say of a field's entry where nothing is wrong with it, shown below it; "" for nothing.
+  remark(key, text) {
+    if (text) this.remarks.set(key, text); else this.remarks.delete(key);
     this.paint();
   }
 

@@ -27,6 +27,7 @@ class Outlook {
   }
 
   show({ summary, errors, size, like }) {
+    this.form.remark("pretrained_model_name_or_path", summary.model || "");
     const parts = [];
     if (summary.images) {
       const beside = summary.regularisation ? ` and ${summary.regularisation} for regularisation` : "";

@@ -79,6 +79,7 @@ def test_a_run_from_start_to_download_through_reload_and_a_second_tab(server, vi
     page.get_by_role("button", name="Stop", exact=True).click()
     assert "at step" in wait_state(page, "stopped")
     wait_state(second, "stopped")
+    assert_the_file_is_marked_as_verified(page)
     with page.expect_download() as download:
         page.get_by_role("button", name="last.safetensors").click()
     assert download.value.suggested_filename == "last.safetensors"
@@ -91,6 +92,17 @@ def test_a_run_from_start_to_download_through_reload_and_a_second_tab(server, vi
     with page.expect_download() as download:
         page.get_by_role("link", name="Download").click()
     assert "fake trainer" in download.value.path().read_text()
+
+
+def assert_the_file_is_marked_as_verified(page):
+    """The newest file has a mark and a sentence; what was proved shows when it is asked for."""
+    assert "last.safetensors ✓" in page.inner_text("#lw-saved")
+    proof = page.locator("#lw-saved details")
+    assert proof.locator("summary").inner_text() == "✓ loads in diffusers, ComfyUI"
+    detail = proof.get_by_text("all numbers are finite")
+    assert detail.is_hidden()
+    proof.locator("summary").click()
+    assert detail.is_visible() and proof.get_by_text("Other UI knows no LoKr.").is_visible()
 
 
 def test_the_log_folds_progress_bars_and_can_be_paused(server, visit, alive):

@@ -19,7 +19,7 @@ from PIL import Image
 from trainer import kohya
 from trainer.__main__ import main
 from trainer.errors import ConfigError
-from trainer.events import Ended, EventLog, Failed, Phase, Sample, Saved, Started, Step, Warned
+from trainer.events import Ended, EventLog, Failed, Phase, Sample, Saved, Started, Step, Verified, Warned
 from trainer.run import Run
 from trainer.schema import parse
 from trainer.tools.commands import TOOLS
@@ -34,7 +34,14 @@ def check(path: Path) -> int:
         print(json.dumps({"problems": found, "notes": [], "summary": {}}))
         return 2
     notes = [note.__dict__ for note in preset.notes]
-    summary = {"images": 4, "buckets": [[64, 64, 4]], "repeats": 8, "total_steps": 80, "epochs": 10, "family": "fake"}
+    summary = {
+        "images": 4,
+        "buckets": [[64, 64, 4]],
+        "repeats": 8,
+        "total_steps": 80,
+        "epochs": 10,
+        "model": "Fake Diffusion",
+    }
     print(json.dumps({"problems": [], "notes": notes, "summary": summary}))
     return 0
 
@@ -102,6 +109,12 @@ def save(run: Run, events: EventLog, step: int, what: str) -> str:
     path = run.output / ("last.safetensors" if what == "final" else f"last-step{step:08d}.safetensors")
     path.write_bytes(b"not really weights" * 100)
     events.emit(Saved(str(path), step, 1, what))
+    checks = ("12 tensors of 4 layers, each known by name and shape", "all numbers are finite")
+    events.emit(
+        Verified(
+            str(path), checks, (), ("It is rather small.",), ("diffusers", "ComfyUI"), {"Other UI": "knows no LoKr"}
+        )
+    )
     return str(path)
 
 

@@ -161,6 +161,15 @@ def test_requests_that_are_none_are_not_written(desk):
 
 
 def test_the_outline_counts_in_plain_words():
-    summary = {"images": 1, "buckets": [1], "repeats": 10, "epochs": 2, "total_steps": 20, "family": "sd1"}
-    assert page.outline(summary) == "1 image · 1 bucket · 10 seen in an epoch · 2 epochs · 20 steps · sd1"
+    summary = {
+        "images": 1,
+        "buckets": [1],
+        "repeats": 10,
+        "epochs": 2,
+        "total_steps": 20,
+        "model": "SDXL, v-prediction",
+    }
+    assert (
+        page.outline(summary) == "1 image · 1 bucket · 10 seen in an epoch · 2 epochs · 20 steps · SDXL, v-prediction"
+    )
     assert page.outline({}) == ""

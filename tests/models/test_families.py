@@ -66,13 +66,16 @@ def test_sd1_is_told_by_its_text_encoder_and_width(model):
 
 
 @pytest.mark.parametrize(
-    ("shapes", "family", "width"), [(SD2, "sd2", 1024), (SDXL, "sdxl", 2048)], ids=["SD 2.x", "SDXL"]
+    ("shapes", "family", "width", "title"),
+    [(SD2, "sd2", 1024, "Stable Diffusion 2.x"), (SDXL, "sdxl", 2048, "SDXL")],
+    ids=["SD 2.x", "SDXL"],
 )
-def test_sd2_and_sdxl_are_told_by_their_text_encoders(model, shapes, family, width):
+def test_sd2_and_sdxl_are_told_by_their_text_encoders(model, shapes, family, width, title):
     found = detect(model(shapes))
     assert (found.family, found.width, found.prediction, found.zero_terminal_snr) == (family, width, "", False)
     marked = detect(model(shapes | {"v_pred": (), "ztsnr": ()}))
     assert (marked.family, marked.prediction, marked.zero_terminal_snr) == (family, "v_prediction", True)
+    assert (found.title, marked.title) == (title, f"{title}, v-prediction, zero terminal SNR")
 
 
 def test_the_earliest_files_leave_a_part_of_the_text_encoders_names_out(model):
