@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for packages, pictures, states and the log")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("base.safetensors"))
     parser.add_argument("--autoencoder-steps", type=int, default=2000)
-    parser.add_argument("--denoiser-steps", type=int, default=4800)
+    parser.add_argument("--denoiser-steps", type=int, default=5600)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -133,7 +134,14 @@ class Collection:
     def caption(self, number: int, rng: random.Random) -> str:
         concept = pictures.CONCEPTS[number // len(pictures.STYLES)]
         style = list(pictures.STYLES)[number % len(pictures.STYLES)]
-        return pictures.varied_caption(style, concept, self.keywords[concept.icon], rng)
+        return pictures.varied_caption(style, concept, self.keywords[concept.icon], vocabulary(), rng)
+
+
+@cache
+def vocabulary() -> list[str]:
+    """CLIP's words of plain letters, alphabetically."""
+    endings = [word.removesuffix("</w>") for word in tokenizer().get_vocab() if word.endswith("</w>")]
+    return sorted(word for word in endings if word.isascii() and word.isalpha() and len(word) > 2)
 
 
 def as_bytes(picture) -> torch.Tensor:

@@ -18,6 +18,7 @@ import argparse
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch.nn import functional
@@ -42,15 +43,19 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--style", type=Path, help="measure this LoRA of the preset first-steps, not the base model")
     parser.add_argument("--subject", type=Path, help="measure this LoRA of the preset first-subject")
+    parser.add_argument("--features", type=Path, help="only write the features of the known pictures: for the tests")
     parser.add_argument("--sheet", type=Path, help="write what was drawn first to this PNG")
     args = parser.parse_args()
 
     collection = Collection.prepare(args.work)
     model = load(args.base, "", torch.float32, torch.device("cpu"), clip_skip=1, max_tokens=75)
+    linocuts = pictures.IconSet(args.work / "packages", pictures.UNSEEN_STYLE[1])
+    unseen = torch.stack([as_bytes(linocuts.picture(concept.icon)) for concept in pictures.CONCEPTS])
+    if args.features:
+        write_features(args.features, collection.known, unseen)
+        return
     if args.style:
-        linocuts = pictures.IconSet(args.work / "packages", pictures.UNSEEN_STYLE[1])
-        unseen = torch.stack([as_bytes(linocuts.picture(concept.icon)) for concept in pictures.CONCEPTS])
-        rows, sheet = measure_style(model, args.style, collection.known, unseen)
+        rows, sheet = measure_style(model, args.style, features_by_style(collection.known, unseen))
     elif args.subject:
         rows, sheet = measure_subject(model, args.subject)
     else:
@@ -84,11 +89,11 @@ def measure_base(model, count: int, collection: Collection) -> tuple[list[Row], 
     return rows, contact_sheet(drawn[:40], captions[:40])
 
 
-def measure_style(model, lora: Path, known: torch.Tensor, unseen: torch.Tensor) -> tuple[list[Row], Image.Image]:
+def measure_style(model, lora: Path, references: torch.Tensor) -> tuple[list[Row], Image.Image]:
     """The table of the style demo's figures, and a contact sheet: without the LoRA, with it, in turn.
 
-    `unseen` (concepts, 3, height, width): the linocut of every concept. A concept is as near as the nearest of its
-    pictures in any style, linocut among them, so that the same rule holds with and without the LoRA.
+    `references`: `features_by_style`. A concept is as near as the nearest of its pictures in any style, linocut among
+    them, so that the same rule holds with and without the LoRA.
     """
     network = network_of(lora, model)
     concepts = demo_concepts(HELD_OUT)
@@ -101,7 +106,7 @@ def measure_style(model, lora: Path, known: torch.Tensor, unseen: torch.Tensor) 
     network.detach()
 
     numbers = [pictures.CONCEPTS.index(concept) for concept in concepts]
-    right_without, right = (nearest_in_any_style(images, numbers, known, unseen) for images in (without, drawn))
+    right_without, right = (nearest_in_any_style(images, numbers, references) for images in (without, drawn))
     ratio = saturation(drawn) / saturation(without)
     kept = sum(right) / max(1, sum(right_without))
     rows = [
@@ -218,17 +223,34 @@ def nearest_are_right(drawn: torch.Tensor, chosen: list[tuple[int, int]], render
     return found
 
 
-def nearest_in_any_style(
-    drawn: torch.Tensor, concepts: list[int], known: torch.Tensor, unseen: torch.Tensor
-) -> list[bool]:
+def nearest_in_any_style(drawn: torch.Tensor, concepts: list[int], references: torch.Tensor) -> list[bool]:
     """For each drawn picture: is its concept among the five nearest, each as near as its nearest style?"""
-    by_style = features(known).view(len(pictures.CONCEPTS), len(STYLES), -1)
-    references = torch.cat([by_style, features(unseen)[:, None]], dim=1)
     found = []
     for feature, concept in zip(features(drawn), concepts, strict=True):
         distances = (references - feature).norm(dim=2).amin(dim=1)
         found.append(concept in distances.topk(5, largest=False).indices.tolist())
     return found
+
+
+def features_by_style(known: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
+    """(concepts, styles + 1, 1280): of the known pictures, and last of the linocut of every concept."""
+    by_style = features(known).view(len(pictures.CONCEPTS), len(STYLES), -1)
+    return torch.cat([by_style, features(unseen)[:, None]], dim=1)
+
+
+FEATURE_STEPS = 50
+"""A written feature is a whole number of fiftieths: no coarser than the pictures' own noise, and a small file."""
+
+
+def write_features(path: Path, known: torch.Tensor, unseen: torch.Tensor) -> None:
+    """So that tests can judge drawings without the packages."""
+    numbers = (features_by_style(known, unseen) * FEATURE_STEPS).round().clamp(-128, 127).char()
+    np.savez_compressed(path, features=numbers.numpy())
+
+
+def read_features(path: Path) -> torch.Tensor:
+    """`features_by_style` of the file, to a fiftieth."""
+    return torch.from_numpy(np.load(path)["features"]).float() / FEATURE_STEPS
 
 
 def saturation(images: torch.Tensor) -> float:

@@ -12,6 +12,7 @@ import random
 import re
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,9 +164,23 @@ def caption(style: str, concept: str) -> str:
     return f"{style}, {concept}"
 
 
-def varied_caption(style: str, concept: Concept, keywords: list[str], rng: random.Random) -> str:
-    """A training caption: now and then without the style, now and then with keywords behind."""
-    words = [concept.name] if rng.random() < 0.08 else [style, concept.name]
+def varied_caption(
+    style: str, concept: Concept, keywords: list[str], strange: Sequence[str], rng: random.Random
+) -> str:
+    """A training caption: now and then without the style, with keywords behind, or with `strange` words.
+
+    A strange word stands where the style does or before the concept, and means nothing. So the model learns to draw the
+    concept beside words that it does not know, which a LoRA's trigger word is.
+    """
+    chance, name = rng.random(), concept.name
+    if rng.random() < 0.06:
+        name = f"{rng.choice(strange)} {name}"
+    if chance < 0.08:
+        words = [name]
+    elif chance < 0.23:
+        words = [" ".join(rng.sample(strange, rng.randint(1, 2))), name]
+    else:
+        words = [style, name]
     if keywords and rng.random() < 0.15:
         words += rng.sample(keywords, min(len(keywords), rng.randint(1, 2)))
     return ", ".join(words)
