@@ -52,7 +52,8 @@ def test_half_the_first_steps_teach_the_style_and_keep_the_concepts(base, refere
     lora.detach()
 
     assert torch.equal(at_zero, without)
-    assert measure.saturation(drawn) < 0.1 * measure.saturation(without)
+    # The whole preset reaches a tenth of what the autoencoder alone does not add; see measure_style.
+    assert measure.saturation(drawn) < 0.25 * measure.saturation(without)
     right_without, right = (
         sum(measure.nearest_in_any_style(images, numbers, references)) for images in (without, drawn)
     )

@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for packages, pictures, states and the log")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("base.safetensors"))
     parser.add_argument("--autoencoder-steps", type=int, default=2000)
+    parser.add_argument("--decoder-steps", type=int, default=500)
     parser.add_argument("--denoiser-steps", type=int, default=5600)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--seed", type=int, default=0)
@@ -102,6 +103,7 @@ def main() -> None:
 
     collection = Collection.prepare(args.work)
     autoencoder = train_autoencoder(collection, args.work / "autoencoder.pt", args.autoencoder_steps, args.seed)
+    train_decoder(collection, autoencoder, args.work / "decoder.pt", args.decoder_steps, args.seed)
     train_denoiser(collection, autoencoder, args.work / "denoiser.pt", args.denoiser_steps, args.seed, args.out)
 
 
@@ -204,11 +206,11 @@ def train_autoencoder(collection: Collection, state_path: Path, steps: int, seed
     return model
 
 
-def augment(images: torch.Tensor) -> torch.Tensor:
+def augment(images: torch.Tensor, grey_share: float = 0.05) -> torch.Tensor:
     """Mirrors half of a batch, and takes the colour from a few: other styles must pass the autoencoder too."""
     images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
     grey = images.mean(1, keepdim=True).expand_as(images)
-    images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.05, grey, images)
+    images = torch.where(torch.rand(len(images), 1, 1, 1) < grey_share, grey, images)
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -282,6 +284,31 @@ def reconstruction_psnr(model, images: torch.Tensor, batch: int = 32) -> float:
         drawn = model.decode(model.encode(expected).latent_dist.mean).sample.clamp(-1, 1)
         values.append(decibels(drawn - expected) * len(part))
     return sum(values).item() / len(images)
+
+
+def train_decoder(collection: Collection, autoencoder, state_path: Path, steps: int, seed: int, batch: int = 4) -> None:
+    """Goes on with the decoder alone, on pictures of which half are grey: a young one tints what has no colour.
+
+    The latents stay, so what the denoiser learned of them stays right.
+    """
+    torch.manual_seed(seed)
+    parts = {"decoder": autoencoder.decoder, "post_quant_conv": autoencoder.post_quant_conv}
+    optimizer = Muon([weight for part in parts.values() for weight in part.parameters()], lr=1e-3)
+    training = Training(state_path, parts, optimizer, steps, decay_from=0.2, peak=1e-3)
+    training.restore()
+    while training.step < steps:
+        images = as_floats(collection.images[torch.randint(len(collection.images), (batch,))])
+        images = augment(images, grey_share=0.5)
+        training.set_rate()
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = autoencoder.encode(images).latent_dist.mean
+            drawn = autoencoder.decode(latents).sample
+        error = drawn.float() - images
+        tint = (error - error.mean(1, keepdim=True)).abs().mean()
+        training.update(drawing_loss(error) + 2 * tint, {"dB": decibels(error), "tint": tint.detach()})
+    training.save()
+    log.info("decoder: %.2f dB", reconstruction_psnr(autoencoder, collection.known))
 
 
 # Text encoder and U-Net

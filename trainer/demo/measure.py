@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 from torch.nn import functional
 
 from trainer.demo import pictures
-from trainer.demo.make_base import Collection, as_bytes, reconstruction_psnr
+from trainer.demo.make_base import Collection, as_bytes, as_floats, reconstruction_psnr
 from trainer.demo.make_images import CLASS, DEMO, HELD_OUT, SUBJECT, demo_concepts
 from trainer.lora.reading import read
 from trainer.models import load
@@ -55,7 +55,7 @@ def main() -> None:
         write_features(args.features, collection.known, unseen)
         return
     if args.style:
-        rows, sheet = measure_style(model, args.style, features_by_style(collection.known, unseen))
+        rows, sheet = measure_style(model, args.style, features_by_style(collection.known, unseen), unseen)
     elif args.subject:
         rows, sheet = measure_subject(model, args.subject)
     else:
@@ -89,11 +89,12 @@ def measure_base(model, count: int, collection: Collection) -> tuple[list[Row], 
     return rows, contact_sheet(drawn[:40], captions[:40])
 
 
-def measure_style(model, lora: Path, references: torch.Tensor) -> tuple[list[Row], Image.Image]:
+def measure_style(model, lora: Path, references: torch.Tensor, unseen: torch.Tensor) -> tuple[list[Row], Image.Image]:
     """The table of the style demo's figures, and a contact sheet: without the LoRA, with it, in turn.
 
     `references`: `features_by_style`. A concept is as near as the nearest of its pictures in any style, linocut among
-    them, so that the same rule holds with and without the LoRA.
+    them, so that the same rule holds with and without the LoRA. `unseen` are the linocuts: black and white, which come
+    out of the autoencoder with a tint. Saturation counts from there.
     """
     network = network_of(lora, model)
     concepts = demo_concepts(HELD_OUT)
@@ -107,12 +108,14 @@ def measure_style(model, lora: Path, references: torch.Tensor) -> tuple[list[Row
 
     numbers = [pictures.CONCEPTS.index(concept) for concept in concepts]
     right_without, right = (nearest_in_any_style(images, numbers, references) for images in (without, drawn))
-    ratio = saturation(drawn) / saturation(without)
+    tint = saturation(through_autoencoder(model, unseen[numbers]))
+    ratio = (saturation(drawn) - tint) / (saturation(without) - tint)
     kept = sum(right) / max(1, sum(right_without))
     rows = [
         ("saturation without the LoRA", f"{saturation(without):.4f}", ""),
         ("saturation with it", f"{saturation(drawn):.4f}", ""),
-        ("  ratio", f"{ratio:.3f}", "< 0.1"),
+        ("saturation of black and white from the autoencoder", f"{tint:.4f}", ""),
+        ("  ratio of what is above that", f"{ratio:.3f}", "< 0.1"),
         ("right concept in the first 5, without (%)", percent(right_without), ""),
         ("right concept in the first 5, with (%)", percent(right), ""),
         ("  ratio", f"{kept:.3f}", "≥ 0.667"),
@@ -256,6 +259,13 @@ def read_features(path: Path) -> torch.Tensor:
 def saturation(images: torch.Tensor) -> float:
     """Mean over pixels of (largest − smallest channel) / 255."""
     return (images.amax(1).float() - images.amin(1).float()).mean().item() / 255
+
+
+@torch.no_grad()
+def through_autoencoder(model, images: torch.Tensor) -> torch.Tensor:
+    """The uint8 pictures as the model's autoencoder gives them back."""
+    latents = model.vae.encode(as_floats(images)).latent_dist.mean * model.vae.config.scaling_factor
+    return ((model.decode(latents) + 1) * 127.5).round().byte()
 
 
 def percent(flags: list[bool]) -> str:
