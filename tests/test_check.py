@@ -53,7 +53,12 @@ def test_a_good_preset_is_ready_and_its_length_is_known(settings):
     assert checked.problems == ()
     assert checked.config is not None
     summary = checked.summary
-    assert (summary.images, summary.regularisation, summary.repeats, summary.model) == (3, 0, 6, "Stable Diffusion 1.x, epsilon prediction")
+    assert (summary.images, summary.regularisation, summary.repeats, summary.model) == (
+        3,
+        0,
+        6,
+        "Stable Diffusion 1.x, epsilon prediction",
+    )
     assert (summary.batches_per_epoch, summary.epochs, summary.total_steps) == (6, 1, 6)
     assert sum(count for *_, count in summary.buckets) == 6
     assert summary.buckets == ((32, 32, 2), (64, 32, 2), (64, 64, 2))

@@ -38,14 +38,8 @@ def names(folder):
 
 
 CASES = {
-    "AdamW": {"optimizer": "AdamW"},
-    "AdamW8bit": {"optimizer": "AdamW8bit", "optimizer_args": "min_8bit_size=16"},
-    "Adafactor": {"optimizer": "Adafactor", "lr_scheduler": "adafactor"},
-    "Prodigy": {"optimizer": "Prodigy", "learning_rate": 1, "unet_lr": 1, "text_encoder_lr": 1},
-    "AdamWScheduleFree": {"optimizer": "AdamWScheduleFree"},
-    "cosine with warmup": {"lr_scheduler": "cosine", "lr_warmup": 30},
-    "accumulation": {"gradient_accumulation_steps": 2},
-    "flip, shuffle and dropout": {
+    "AdamW, flip, shuffle and dropout": {
+        "optimizer": "AdamW",
         "flip_aug": True,
         "shuffle_caption": True,
         "caption_dropout_rate": 0.3,
@@ -53,6 +47,21 @@ CASES = {
         "network_dropout": 0.2,
         "stop_text_encoder_training": 60,
     },
+    "AdamW8bit, cosine with warmup": {
+        "optimizer": "AdamW8bit",
+        "optimizer_args": "min_8bit_size=16",
+        "lr_scheduler": "cosine",
+        "lr_warmup": 30,
+    },
+    "Adafactor": {"optimizer": "Adafactor", "lr_scheduler": "adafactor"},
+    "Prodigy, accumulation": {
+        "optimizer": "Prodigy",
+        "learning_rate": 1,
+        "unet_lr": 1,
+        "text_encoder_lr": 1,
+        "gradient_accumulation_steps": 2,
+    },
+    "AdamWScheduleFree": {"optimizer": "AdamWScheduleFree"},
     "workers": {
         "cache_latents": False,
         "max_data_loader_n_workers": 2,

@@ -222,8 +222,8 @@ def _network_weights(config: Config, model: Found | None) -> Iterator[Problem]:
     if network.dim_from_weights and (uneven := {r for r in lora.ranks | lora.conv_ranks if r % network.unit}):
         yield problem_with(
             "unit",
-            f'{network.unit} does not divide rank {min(uneven)}, which "{shown(network.weights)}" has (network_weights), '
-            "and whole units of ranks are trained. Choose a number that does: 1 always does.",
+            f"{network.unit} does not divide rank {min(uneven)} of LoRA network weights (network_weights), "
+            f'"{shown(network.weights)}", and whole units of ranks are trained. Choose a number that does: 1 always does.',
         )
     if not (network.dim_from_weights or lora.type or network.type.startswith("LyCORIS/")):
         yield from _convolutions(config, lora)
