@@ -33,7 +33,7 @@ class Proofs:
                 self._note(report.nodeid, value)  # type: ignore[arg-type]
         if report.when == "call":
             self._ran.add(report.nodeid.split("[")[0])
-        if not report.passed:
+        if report.failed:
             self._failed.add(report.nodeid.split("[")[0])
 
     def _note(self, test: str, proved: list[str]) -> None:

@@ -53,7 +53,6 @@ CASES = {
         "lr_scheduler": "cosine",
         "lr_warmup": 30,
     },
-    "Adafactor": {"optimizer": "Adafactor", "lr_scheduler": "adafactor"},
     "Prodigy, accumulation": {
         "optimizer": "Prodigy",
         "learning_rate": 1,

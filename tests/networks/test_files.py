@@ -23,7 +23,10 @@ SIZES = {"network_dim": 2, "conv_dim": 4, "network_alpha": 1, "conv_alpha": 2}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory):
     path = tiny.write(tmp_path_factory.mktemp("model") / "tiny.safetensors")
-    return models.load(str(path), "", torch.float32, torch.device("cpu"), 1, 75)
+    model = models.load(str(path), "", torch.float32, torch.device("cpu"), 1, 75)
+    targets = model.targets
+    model.targets = lambda **wanted: dict(list(targets(**wanted).items())[::4])  # of all kinds, and four times as fast
+    return model
 
 
 def answer(model) -> torch.Tensor:
