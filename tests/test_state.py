@@ -60,7 +60,6 @@ CASES = {
         "text_encoder_lr": 1,
         "gradient_accumulation_steps": 2,
     },
-    "AdamWScheduleFree": {"optimizer": "AdamWScheduleFree"},
     "workers": {
         "cache_latents": False,
         "max_data_loader_n_workers": 2,
