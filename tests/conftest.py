@@ -14,6 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # layers this small are computed 
 os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"  # nobody answers there
 
 
+PHOTOGRAPHS = [f"{name}.{end}" for name in ("astronaut", "chelsea", "rocket") for end in ("png", "txt")]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proofs", type=Path, help="write the table of parameters and the tests that prove them")
 
@@ -80,9 +83,9 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(tiny_model: Path, photographs: Path, tmp_path: Path) -> dict[str, Any]:
+def settings(tiny_model: Path, photographs: Path, tmp_path: Path) -> Iterator[dict[str, Any]]:
     """A preset that trains the tiny model on the photographs for six steps."""
-    return {
+    yield {
         "pretrained_model_name_or_path": str(tiny_model),
         "train_data_dir": str(photographs),
         "output_dir": str(tmp_path / "out"),
@@ -102,6 +105,7 @@ def settings(tiny_model: Path, photographs: Path, tmp_path: Path) -> dict[str, A
         "seed": 7,
         "epoch": 1,
     }
+    assert sorted(path.name for path in (photographs / "2_photo").iterdir()) == PHOTOGRAPHS, "others read them, too"
 
 
 @pytest.fixture

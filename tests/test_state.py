@@ -296,7 +296,8 @@ def test_a_state_stays_when_its_successor_cannot_take_its_name(settings, train, 
 
 @pytest.mark.proves("resume")
 def test_images_and_captions_that_changed_since_the_state_are_named(settings, train, tmp_path, stop_at):
-    settings |= {"save_state": True, "max_train_steps": 4}
+    own = shutil.copytree(settings["train_data_dir"], tmp_path / "own photographs")
+    settings |= {"save_state": True, "max_train_steps": 4, "train_data_dir": str(own)}
     stop_at(2)
     train(settings)
     stop_at(0)
@@ -307,8 +308,8 @@ def test_images_and_captions_that_changed_since_the_state_are_named(settings, tr
         return [e["message"] for e in of_type(events, "warning") if "images or captions" in e["message"]]
 
     assert told() == []
-    folder = next(path for path in Path(settings["train_data_dir"]).iterdir() if path.is_dir())
-    first, second, third = sorted(path for path in folder.iterdir() if path.suffix == ".png")[:3]
+    folder = own / "2_photo"
+    first, second, third = sorted(folder.glob("*.png"))
     first.with_suffix(".txt").write_text("something new")
     shutil.copy(second, folder / "new.png")
     third.unlink()

@@ -43,23 +43,25 @@ class Json {
   constructor(server, form, bar) {
     Object.assign(this, { server, form, bar });
     form.whenChanged.push(() => this.refresh());
-    setInterval(() => { if (byId("lw-json")?.offsetParent && !byId("lw-json").dataset.ready) this.attach(); }, 200);
-  }
-
-  attach() {
-    byId("lw-json").dataset.ready = "1";
-    byId("lw-json").addEventListener("input", () => { this.edited = true; byId("lw-json-apply").disabled = false; });
-    byId("lw-json-apply").addEventListener("click", () => this.bar.order(() => this.apply()));
-    byId("lw-json-copy").addEventListener("click", () => navigator.clipboard?.writeText(byId("lw-json").value));
-    this.refresh();
+    // The tab is built when it is first opened; who types at once is heard all the same.
+    document.addEventListener("input", (event) => {
+      if (event.target.id === "lw-json") { this.edited = true; byId("lw-json-apply").disabled = false; }
+    });
+    document.addEventListener("click", (event) => {
+      if (event.target.id === "lw-json-apply") this.bar.order(() => this.apply());
+      if (event.target.id === "lw-json-copy") navigator.clipboard?.writeText(byId("lw-json").value);
+    });
+    setInterval(() => { if (!this.filled) this.refresh(); }, 200);
   }
 
   async refresh() {
     const box = byId("lw-json");
-    if (!box?.dataset.ready || this.edited) return;
+    const free = () => box?.offsetParent && !this.edited && document.activeElement !== box;
+    this.filled = Boolean(free());
+    if (!this.filled) return;
     try {
       const { text } = await this.server.flat({ entries: this.form.entries, kept: this.form.kept });
-      if (!this.edited) box.value = text;
+      if (free()) box.value = text; else this.filled = false;
     } catch { /* the live panel says that the server is away; the next change asks again */ }
   }
 

@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for packages, pictures, states and the log")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("base.safetensors"))
     parser.add_argument("--autoencoder-steps", type=int, default=2000)
-    parser.add_argument("--decoder-steps", type=int, default=500)
+    parser.add_argument("--decoder-steps", type=int, default=2000)
     parser.add_argument("--denoiser-steps", type=int, default=5600)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--seed", type=int, default=0)
@@ -206,11 +206,19 @@ def train_autoencoder(collection: Collection, state_path: Path, steps: int, seed
     return model
 
 
-def augment(images: torch.Tensor, grey_share: float = 0.05) -> torch.Tensor:
-    """Mirrors half of a batch, and takes the colour from a few: other styles must pass the autoencoder too."""
-    images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
+def augment(images: torch.Tensor, grey_share: float = 0.05, ink_share: float = 0.0) -> torch.Tensor:
+    """Mirrors half of a batch, and takes the colour from a few: other styles must pass the autoencoder too.
+
+    `ink_share`: of those without colour, how many become black and white alone.
+    """
+
+    def chance(share: float) -> torch.Tensor:
+        return torch.rand(len(images), 1, 1, 1) < share
+
+    images = torch.where(chance(0.5), images.flip(3), images)
     grey = images.mean(1, keepdim=True).expand_as(images)
-    images = torch.where(torch.rand(len(images), 1, 1, 1) < grey_share, grey, images)
+    grey = torch.where(chance(ink_share), (grey > 0).float() * 2 - 1, grey)
+    images = torch.where(chance(grey_share), grey, images)
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -287,9 +295,9 @@ def reconstruction_psnr(model, images: torch.Tensor, batch: int = 32) -> float:
 
 
 def train_decoder(collection: Collection, autoencoder, state_path: Path, steps: int, seed: int, batch: int = 4) -> None:
-    """Goes on with the decoder alone, on pictures of which half are grey: a young one tints what has no colour.
+    """Goes on with the decoder alone, on pictures of which half have no colour: a young one tints those.
 
-    The latents stay, so what the denoiser learned of them stays right.
+    The latents stay, so what the denoiser learned of them stays right; half are a little off, as its answers are.
     """
     torch.manual_seed(seed)
     parts = {"decoder": autoencoder.decoder, "post_quant_conv": autoencoder.post_quant_conv}
@@ -298,15 +306,17 @@ def train_decoder(collection: Collection, autoencoder, state_path: Path, steps: 
     training.restore()
     while training.step < steps:
         images = as_floats(collection.images[torch.randint(len(collection.images), (batch,))])
-        images = augment(images, grey_share=0.5)
+        images = augment(images, grey_share=0.5, ink_share=0.5)
         training.set_rate()
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 latents = autoencoder.encode(images).latent_dist.mean
+                off = 0.1 * torch.randn_like(latents) / autoencoder.config.scaling_factor
+                latents = latents + off * (torch.rand(batch, 1, 1, 1) < 0.5)
             drawn = autoencoder.decode(latents).sample
         error = drawn.float() - images
         tint = (error - error.mean(1, keepdim=True)).abs().mean()
-        training.update(drawing_loss(error) + 2 * tint, {"dB": decibels(error), "tint": tint.detach()})
+        training.update(drawing_loss(error) + 6 * tint, {"dB": decibels(error), "tint": tint.detach()})
     training.save()
     log.info("decoder: %.2f dB", reconstruction_psnr(autoencoder, collection.known))
 
