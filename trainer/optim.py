@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers.optimization import AdafactorSchedule
 
 from trainer.errors import ConfigError, Problem
 from trainer.schema.optim import Optim
@@ -91,10 +90,10 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 def make_scheduler(optimizer: torch.optim.Optimizer, settings: Optim, total_steps: int) -> LRScheduler:
     """The rate of each step as a multiple of the groups' rates; step k (from 0) uses multiple(k).
 
-    The multiples are transformers' and diffusers' own. Raises ConfigError for arguments that the
+    The multiples are diffusers' and transformers' own. Raises ConfigError for arguments that the
     scheduler does not know.
     """
-    from transformers import optimization
+    from diffusers import optimization
 
     warmup = warmup_steps(settings, total_steps)
     extra = settings.scheduler_arguments
@@ -115,17 +114,17 @@ def make_scheduler(optimizer: torch.optim.Optimizer, settings: Optim, total_step
         "polynomial": lambda: optimization.get_polynomial_decay_schedule_with_warmup(
             optimizer, warmup, total_steps, **{"power": settings.power or 1, **extra}
         ),
-        "cosine_with_min_lr": lambda: optimization.get_cosine_with_min_lr_schedule_with_warmup(
+        "cosine_with_min_lr": lambda: _from_transformers("get_cosine_with_min_lr_schedule_with_warmup")(
             optimizer, warmup, total_steps, **{"num_cycles": cycles / 2, **extra}
         ),
         "piecewise_constant": lambda: _piecewise_constant(optimizer, warmup, **extra),
-        "warmup_stable_decay": lambda: optimization.get_wsd_schedule(
+        "warmup_stable_decay": lambda: _from_transformers("get_wsd_schedule")(
             optimizer,
             warmup,
             num_training_steps=total_steps,
             **{"num_cycles": cycles / 2, **extra, "num_decay_steps": _steps(extra["num_decay_steps"], total_steps)},
         ),
-        "inverse_sqrt": lambda: optimization.get_inverse_sqrt_schedule(optimizer, warmup, **extra),
+        "inverse_sqrt": lambda: _from_transformers("get_inverse_sqrt_schedule")(optimizer, warmup, **extra),
     }
     try:
         return makers[name]()
@@ -144,8 +143,20 @@ def _steps(number: float, total_steps: int) -> int:
     return int(number * total_steps) if isinstance(number, float) and number < 1 else int(number)
 
 
-class AdafactorRates(AdafactorSchedule):
+def _from_transformers(name: str) -> Callable[..., LambdaLR]:
+    """A scheduler that diffusers lacks. Seconds to import: transformers' optimizers come with its own trainer."""
+    from transformers import optimization
+
+    return getattr(optimization, name)  # type: ignore[no-any-return]
+
+
+class AdafactorRates(LRScheduler):
     """The rates that Adafactor chose in the last step, of groups that rest too; before it, the first rate."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, first: float):
+        for group in optimizer.param_groups:
+            group["initial_lr"] = first
+        super().__init__(optimizer)
 
     def get_lr(self) -> list[float]:
         optimizer = self.optimizer
