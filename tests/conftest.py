@@ -104,6 +104,7 @@ def settings(tiny_model: Path, photographs: Path, tmp_path: Path) -> Iterator[di
         "network_alpha": 4,
         "seed": 7,
         "epoch": 1,
+        "num_cpu_threads_per_process": 1,
     }
     assert sorted(path.name for path in (photographs / "2_photo").iterdir()) == PHOTOGRAPHS, "others read them, too"
 

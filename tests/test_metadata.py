@@ -45,6 +45,7 @@ def file(tmp_path_factory, tiny_model, photographs):
         "optimizer": "AdamW",
         "training_comment": "trigger: zwx",
         "max_train_steps": 2,
+        "num_cpu_threads_per_process": 1,
         "seed": 5,
     }
     (folder / "preset.json").write_text(json.dumps(preset))

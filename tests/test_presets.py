@@ -30,6 +30,7 @@ def test_a_preset_trains_once_it_has_a_model_and_images(path, train, base_model,
     preset |= {"pretrained_model_name_or_path": str(base_model(preset)), "train_data_dir": str(photographs)}
     preset |= {"output_dir": str(tmp_path / "out"), "max_train_steps": 2, "max_resolution": "96,96"}
     preset |= {"bucket_reso_steps": 32, "sample_prompts": "", "cache_latents_to_disk": False}
+    preset |= {"num_cpu_threads_per_process": 1}
     code, events, _ = train(preset)
     assert code == 0, events[-1]
     assert events[-1]["status"] == "done"

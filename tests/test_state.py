@@ -151,6 +151,7 @@ def saved(tmp_path_factory, tiny_model, photographs):
         "network_dim": 4,
         "network_alpha": 4,
         "seed": "",
+        "num_cpu_threads_per_process": 1,
         "max_train_steps": 2,
         "save_state": True,
         "wandb_api_key": "never to be stored",

@@ -23,7 +23,8 @@ def shorten(page, steps):
     set_text(page, "sample_every_n_steps", "4")
     set_text(page, "sample_prompts", "a cat --w 64 --h 64 --s 2 --d 1")
     open_tab(page, "Parameters")
-    for key, text in (("max_train_steps", steps), ("train_batch_size", "1"), ("max_resolution", "64,64")):
+    small = {"max_train_steps": steps, "train_batch_size": "1", "max_resolution": "64,64"}
+    for key, text in (small | {"num_cpu_threads_per_process": "1"}).items():
         set_text(page, key, text)
 
 
