@@ -113,16 +113,22 @@ def ours(model: Path, images: Path, chosen: argparse.Namespace) -> dict[str, flo
         "seed": 42,
         "num_cpu_threads_per_process": os.cpu_count(),
     }
-    (chosen.work / "preset.json").write_text("{}")
-    command = [sys.executable, "-m", "trainer", "train", str(chosen.work / "preset.json"), "--run", str(run)]
-    command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     began = time.time()
-    memory = run_alone(command, ROOT)
+    memory, ended = train(settings, run)
     whole = time.time() - began
+    return summary(began, [float(str(step["time"])) for step in ended if step["type"] == "step"], whole, memory)
+
+
+def train(settings: dict[str, Any], run: Path) -> tuple[float, list[dict[str, Any]]]:
+    """Train with our trainer, in a process of its own. Returns its peak memory in GB and the run's events."""
     from trainer import events
 
-    ends = [float(str(e["time"])) for e, _ in events.read(run / "events.jsonl") if e["type"] == "step"]
-    return summary(began, ends, whole, memory)
+    preset = run.parent / "preset.json"
+    preset.write_text("{}")
+    command = [sys.executable, "-m", "trainer", "train", str(preset), "--run", str(run)]
+    command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    memory = run_alone(command, ROOT)
+    return memory, [event for event, _ in events.read(run / "events.jsonl")]
 
 
 def theirs(model: Path, images: Path, chosen: argparse.Namespace) -> dict[str, float]:

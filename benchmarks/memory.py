@@ -14,15 +14,15 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from full_size import ROOT, make_images, make_model, run_alone
+from full_size import make_images, make_model, train
 
 from trainer.models import facts, sd
 
@@ -81,8 +81,6 @@ def main() -> None:
 
 def run(settings: dict[str, Any], chosen: argparse.Namespace) -> tuple[float, float, float]:
     """The process's peak and the most while training in GB, and seconds a step."""
-    from trainer import events
-
     folder = chosen.work / f"run-{time.time_ns()}"
     row = facts.FAMILIES[chosen.family]
     preset = {
@@ -100,11 +98,8 @@ def run(settings: dict[str, Any], chosen: argparse.Namespace) -> tuple[float, fl
         **({row.switch: True} if row.switch else {}),
         **settings,
     }
-    (chosen.work / "preset.json").write_text("{}")
-    command = [sys.executable, "-m", "trainer", "train", str(chosen.work / "preset.json"), "--run", str(folder)]
-    command += [word for key, value in preset.items() for word in (f"--{key}", str(value))]
-    peak = run_alone(command, ROOT)
-    steps: list[Any] = [event for event, _ in events.read(folder / "events.jsonl") if event["type"] == "step"]
+    peak, told = train(preset, folder)
+    steps = [event for event in told if event["type"] == "step"]
     paces = [float(b["time"]) - float(a["time"]) for a, b in pairwise(steps)]
     return peak, max(int(step["memory_bytes"]) for step in steps) / GB, statistics.median(paces)
 
@@ -166,7 +161,11 @@ def kept_for_backward(row: facts.Family, side: int, rank: int, *, checkpointing:
     weights = {p.untyped_storage()._cdata for p in [*unet.parameters(), *network.parameters()]}
     held = _Held(weights)
     config = row.configs["unet"]
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
+    with (
+        torch.device("meta"),
+        torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack),
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", _attend),
+    ):
         latents = torch.zeros(1, 4, side // 8, side // 8, dtype=torch.bfloat16, requires_grad=True)
         states = torch.zeros(1, 77, config["cross_attention_dim"], dtype=torch.bfloat16)
         added = None
@@ -176,6 +175,24 @@ def kept_for_backward(row: facts.Family, side: int, rank: int, *, checkpointing:
         answer = unet(latents, torch.zeros(1), states, added_cond_kwargs=added, return_dict=False)[0]
         answer.float().square().mean().backward()
     return held.most
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what flash attention keeps: its inputs, its answer and a number a row; never the matrix of scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        answer = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, answer, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return answer
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any) -> torch.Tensor:
+    return _FusedAttention.apply(query, key, value)
 
 
 class _Held:

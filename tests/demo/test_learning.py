@@ -27,17 +27,23 @@ def references():
 def test_the_base_model_draws_the_concepts_it_is_asked_for(base, references):
     chosen = measure.prompts(24)
     captions = [pictures.caption(measure.STYLES[style], pictures.CONCEPTS[i].name) for style, i in chosen]
-    drawn = measure.features(measure.draw(base, captions, steps=12))
-    right = [
-        concept in (references[:, style] - feature).norm(dim=1).topk(5, largest=False).indices
-        for feature, (style, concept) in zip(drawn, chosen, strict=True)
-    ]
+    drawn = measure.draw(base, captions, steps=12)
+    right = measure.nearest_are_right(drawn, chosen, references)
     assert sum(right) >= 0.6 * len(right)
 
 
 def test_a_third_of_the_first_steps_teaches_the_style_and_keeps_the_concepts(base, references, tmp_path):
     command = [sys.executable, "-m", "trainer", "train", str(ROOT / "presets" / "first-steps.json")]
-    shorter = ["--epoch", "3", "--num_cpu_threads_per_process", "1", "--sample_every_n_epochs", "0", "--output_dir", str(tmp_path / "out")]
+    shorter = [
+        "--epoch",
+        "3",
+        "--num_cpu_threads_per_process",
+        "1",
+        "--sample_every_n_epochs",
+        "0",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     subprocess.run([*command, *shorter, "--run", str(tmp_path / "run")], check=True, cwd=ROOT)
     lora = measure.network_of(tmp_path / "out" / "linocut.safetensors", base)
 

@@ -75,7 +75,9 @@ def measure_base(model, count: int, collection: Collection) -> tuple[list[Row], 
     chosen = prompts(count)
     captions = [pictures.caption(STYLES[style], pictures.CONCEPTS[i].name) for style, i in chosen]
     drawn = draw(model, captions)
-    right = nearest_are_right(drawn, chosen, collection.images)
+    # Every concept's pictures, those that only the autoencoder saw among them.
+    references = features(collection.images).unflatten(0, (-1, len(STYLES)))
+    right = nearest_are_right(drawn, chosen, references)
     rows = [
         (
             "autoencoder, pictures of the concepts (dB)",
@@ -212,27 +214,27 @@ def features(images: torch.Tensor) -> torch.Tensor:
     ).flatten(1)
 
 
-def nearest_are_right(drawn: torch.Tensor, chosen: list[tuple[int, int]], rendered: torch.Tensor) -> list[bool]:
+def nearest_are_right(drawn: torch.Tensor, chosen: list[tuple[int, int]], references: torch.Tensor) -> list[bool]:
     """For each drawn picture of a chosen (style, concept): is the concept among the five nearest of that style?
 
-    `rendered`: every concept's pictures, those that only the autoencoder saw among them.
+    `references`: (concepts, styles, 1280), the features of every concept's pictures.
     """
-    features_of = features(rendered)
-    references = features_of.view(-1, len(STYLES), features_of.shape[1])
-    found = []
-    for feature, (style, concept) in zip(features(drawn), chosen, strict=True):
-        distances = (references[:, style] - feature).norm(dim=1)
-        found.append(concept in distances.topk(5, largest=False).indices.tolist())
-    return found
+    return [
+        _among_five(feature, references[:, [style]], concept)
+        for feature, (style, concept) in zip(features(drawn), chosen, strict=True)
+    ]
 
 
 def nearest_in_any_style(drawn: torch.Tensor, concepts: list[int], references: torch.Tensor) -> list[bool]:
     """For each drawn picture: is its concept among the five nearest, each as near as its nearest style?"""
-    found = []
-    for feature, concept in zip(features(drawn), concepts, strict=True):
-        distances = (references - feature).norm(dim=2).amin(dim=1)
-        found.append(concept in distances.topk(5, largest=False).indices.tolist())
-    return found
+    return [
+        _among_five(feature, references, concept) for feature, concept in zip(features(drawn), concepts, strict=True)
+    ]
+
+
+def _among_five(feature: torch.Tensor, references: torch.Tensor, concept: int) -> bool:
+    distances = (references - feature).norm(dim=2).amin(dim=1)
+    return concept in distances.topk(5, largest=False).indices.tolist()
 
 
 def features_by_style(known: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
