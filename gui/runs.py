@@ -145,7 +145,9 @@ def launch(run: Run, command: Sequence[str], folder: Path, secrets: Mapping[str,
             env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **(secrets or {})},
         )
     _write_pid(run, process.pid)
-    threading.Thread(target=_await_exit, args=(run, process), name=f"exit of {run.folder.name}", daemon=True).start()
+    waiter = threading.Thread(target=_await_exit, args=(run, process), name=f"exit of {run.folder.name}", daemon=True)
+    waiter.start()
+    _waiters[run.folder] = waiter
 
 
 def began(run: Run) -> float:
@@ -165,12 +167,18 @@ def _write_pid(run: Run, pid: int) -> None:
     write_whole(run.pid, json.dumps({"pid": pid, "started": started}).encode())
 
 
+_waiters: dict[Path, threading.Thread] = {}
+"""By the folder of a run that this server started: who writes down how it ended, a moment after it has."""
+
+
 def _await_exit(run: Run, process: subprocess.Popen[bytes]) -> None:
     write_whole(run.exit, json.dumps({"code": process.wait()}).encode())
 
 
 def exit_code(run: Run) -> int | None:
-    """The trainer's exit code, negative for a signal; None when no page was there to see it."""
+    """An ended trainer's exit code, negative for a signal; None when no page was there to see it."""
+    if run.folder in _waiters:
+        _waiters[run.folder].join(timeout=1)
     try:
         return int(json.loads(run.exit.read_text())["code"])
     except (OSError, ValueError, KeyError, TypeError):
