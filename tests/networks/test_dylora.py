@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.networks.layers import case, randomised
+from tests import reference
+from tests.networks.layers import LAYERS, case, randomised
 from trainer import loop, networks, optim, schema, state
 from trainer.errors import ConfigError, ModelError
 from trainer.networks import dylora, standard
@@ -49,6 +50,27 @@ def test_each_rank_below_the_maximum_is_the_lora_that_was_trained_there(case, un
         expected = layer(x)
         layer.weight.copy_(frozen)
         torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_step_of_the_last_unit_is_that_of_sd_scripts(name):
+    """Below it the two differ: there sd-scripts leaves the untrained units above in the output."""
+    expected = reference.read("dylora")[name]
+    make, shape = LAYERS[name]
+    layer = make().requires_grad_(False)
+    for part, weight in layer.named_parameters():
+        weight.copy_(reference.weight(f"{name}.{part}", weight.shape))
+    module = dylora.module_for(layer, 4, 3.0, Settings(type="Kohya DyLoRA", unit=2))
+    tensors = {key: reference.lora_weight(f"{name}.{key}", tensor.shape) for key, tensor in module.saved().items()}
+    with torch.no_grad():
+        module.take(tensors | {"alpha": torch.tensor(3.0)})
+    module.draw(0.75)
+    answer = module(reference.normal(f"{name}.x", shape))
+    reference.assert_tensor(answer, expected["answer"], 1e-5)
+    answer.square().sum().backward()
+    reference.assert_tensor(module.downs[1].grad, expected["down_gradient"], 1e-5)
+    reference.assert_tensor(module.ups[1].grad, expected["up_gradient"], 1e-5)
+    assert module.downs[0].grad is None
 
 
 def test_a_cut_file_is_a_standard_lora(case):

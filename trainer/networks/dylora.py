@@ -3,7 +3,7 @@
 In a step, the units below the drawn one take part frozen and those above are left out, so that every
 unit learns to add to those below it, and the first k · unit ranks of the file are a LoRA by
 themselves. All layers train the same place in a step, as in the paper; sd-scripts draws for each
-layer anew.
+layer anew, and leaves the untrained units above in the output.
 
 The undrawn units' tensors have no gradient, so an optimizer passes them over: neither their weights
 nor their moments move, decay included, and AdamW's bias correction counts a unit's own steps only.
