@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -419,3 +420,88 @@ def test_every_network_comes_back_from_its_state_and_answers_the_same(settings, 
             answers.append(session.model.text_states(session.model.tokens(["a cat"])).states)
         session.network.detach()
     assert torch.equal(*answers)
+
+
+@pytest.fixture
+def states(saved, tmp_path):
+    """An output folder with two states, that of step 1 written before that of step 2."""
+
+    folder = tmp_path / "out of a run" / "output"
+    for step in (1, 2):
+        copy = shutil.copytree(saved[0], folder / f"photo-step{step:08d}-state")
+        header = json.loads((copy / "state.json").read_text())
+        (copy / "state.json").write_text(json.dumps(header | {"step": step}))
+        for path in (*copy.iterdir(), copy):
+            os.utime(path, (step, step))
+    return folder
+
+
+@pytest.mark.proves("resume")
+def test_a_folder_of_states_means_the_newest(states, saved, train, tmp_path):
+    assert state.find(states)[0].step == 2
+    assert state.find(states.parent)[0].step == 2, "a run's folder"
+    assert state.find(states / "photo-step00000001-state")[0].step == 1
+    code, events, _ = train(saved[1] | {"output_dir": str(tmp_path / "out"), "resume": str(states)})
+    assert code == EXIT_DONE
+    assert of_type(events, "started")[0]["first_step"] == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: cut(f / "tensors.safetensors"),
+        lambda f: change_a_byte(f / "tensors.safetensors"),
+        lambda f: cut(f / "state.json"),
+        lambda f: (f / "state.json").unlink(),
+        lambda f: (f / "tensors.safetensors").unlink(),
+    ],
+)
+def test_the_state_before_a_torn_one_is_used_and_that_is_said(states, damage):
+    damage(states / "photo-step00000002-state")
+    found, passed_over = state.find(states)
+    assert found.step == 1
+    assert "photo-step00000002-state" in " ".join(passed_over)
+
+
+def test_the_start_says_which_state_is_used_for_a_torn_one(states, saved, train, tmp_path):
+    cut(states / "photo-step00000002-state" / "tensors.safetensors")
+    code, events, _ = train(saved[1] | {"output_dir": str(tmp_path / "out"), "resume": str(states)})
+    assert code == EXIT_DONE
+    assert of_type(events, "started")[0]["first_step"] == 2
+    (warning,) = [e["message"] for e in of_type(events, "warning") if "damaged" in e["message"]]
+    assert "photo-step00000002-state" in warning
+    assert 'photo-step00000001-state" is used' in warning
+
+
+def test_where_no_state_is_whole_each_is_named(states):
+    for folder in states.iterdir():
+        cut(folder / "tensors.safetensors")
+    with pytest.raises(StateError, match="None of the 2 training states") as raised:
+        state.find(states)
+    assert "step00000001" in str(raised.value) and "step00000002" in str(raised.value)
+
+
+def test_a_state_that_was_being_replaced_when_its_trainer_was_killed_is_found(saved, tmp_path):
+    dead = 2**22 + 1  # beyond the highest process number
+    shutil.copytree(saved[0], tmp_path / f".photo-state.{dead}.old")
+    shutil.copytree(saved[0], tmp_path / f".photo-state.{dead}.tmp")
+    assert state.find(tmp_path / "photo-state")[0].step == 2
+    assert names(tmp_path) == ["photo-state"]
+
+
+def test_weights_that_are_not_numbers_never_reach_a_state(settings, train, tmp_path, monkeypatch):
+    step = loop.take_step
+
+    def ruin(session, number, batches):
+        taken = step(session, number, batches)
+        if number == 2:
+            with torch.no_grad():
+                next(iter(session.network.parameters())).fill_(float("nan"))
+        return taken
+
+    monkeypatch.setattr(loop, "take_step", ruin)
+    settings |= {"save_state": True, "save_every_n_steps": 1, "max_train_steps": 3}
+    code, events, _ = train(settings)
+    assert code == EXIT_FAILED
+    assert of_type(events, "failed")[-1]["kind"] == "not_a_number"
+    assert names(tmp_path / "out") == ["photo-step00000001-state", "photo-step00000001.safetensors"]

@@ -281,11 +281,14 @@ def _convolutions(config: Config, lora: Lora) -> Iterator[Problem]:
 def _resume(config: Config, summary: Summary) -> Iterator[Problem]:
     if config.saving.resume:
         try:
-            resumed = state.read(resolve(config.saving.resume))
+            resumed, passed_over = state.find(resolve(config.saving.resume))
             resumed.leads_into(summary.total_steps or resumed.step + 1)
             resumed.differences(config, summary.batches_per_epoch or resumed.batches_per_epoch)
         except LorawrightError as error:
             yield problem_with("resume", error)
+            return
+        if passed_over:
+            yield problem_with("resume", f'{" ".join(passed_over)} "{shown(resumed.folder)}" is used.', "warning")
 
 
 def _places(config: Config, pictures: tuple[Picture, ...]) -> tuple[list[Size] | None, list[Problem]]:

@@ -37,16 +37,21 @@ def save_lora(path: Path, network: Network, precision: str, metadata: Mapping[st
     """
     dtype = DTYPES[precision]
     tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in network.tensors().items()}
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    sound(tensors, path.name)
+    data = save(tensors, {**metadata, **hashes(tensors, metadata)})
+    on_disk(path, lambda path: write_whole(path, data))
+
+
+def sound(tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    """Raise TrainingError when a value is not a number, before a file or folder `name` is written of them."""
+    bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise TrainingError(
             "not_a_number",
             f"{len(bad)} of {len(tensors)} tensors of the LoRA are not numbers any more (the first: {bad[0]}), "
-            f'so "{path.name}" was not written.',
+            f'so "{name}" was not written.',
             "Lower the learning rate, or set Mixed precision to bf16 or no; then start from the last good file.",
         )
-    data = save(tensors, {**metadata, **hashes(tensors, metadata)})
-    on_disk(path, lambda path: write_whole(path, data))
 
 
 def set_aside(path: Path) -> Path | None:

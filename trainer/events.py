@@ -155,6 +155,8 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        if _ends_within_a_line(path):
+            os.write(self._file, b"\n")
 
     def emit(self, event: Event) -> None:
         record = {"type": event.type, "time": round(time.time(), 3), **asdict(event)}
@@ -162,6 +164,14 @@ class EventLog:
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def _ends_within_a_line(path: Path) -> bool:
+    """Whether the last line was cut off: the disk was full when it was written."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() not in (b"", b"\n")
 
 
 def last(path: Path, most_bytes: int = 16384) -> list[dict[str, object]]:

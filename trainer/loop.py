@@ -219,6 +219,7 @@ def save_state(s: Session, step: int, due: Due) -> None:
     """Write the folder from which training goes on behind this step."""
     name = due.name.removesuffix(".safetensors") + "-state"
     s.emit(Phase(f"saving {name}"))
+    checkpoint.sound(s.network.state_dict(), name)
     parts = state.parts_of(s.network, s.optimizer, s.scheduler, s.accelerator.scaler)
     path = checkpoint.on_disk(
         s.output / name,

@@ -29,7 +29,7 @@ from trainer.paths import resolve
 from trainer.prompts import Prompt, parse
 from trainer.randomness import set_torch_to
 from trainer.retention import Retention
-from trainer.run import Run
+from trainer.run import Run, sweep
 from trainer.schema import Config
 from trainer.schema.blocks import rate_weights
 from trainer.schema.rules import text_encoder_rate, unet_rate
@@ -81,7 +81,7 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
     torch.set_num_threads(training.threads)
     accelerator, precision = _accelerator(config, emit)
     dtype = COMPUTE[precision]
-    resumed = state.read(resolve(config.saving.resume)) if config.saving.resume else None
+    resumed = state.find(resolve(config.saving.resume))[0] if config.saving.resume else None
     seed = training.seed
     if seed is None:
         seed = resumed.seed if resumed else secrets.randbelow(2**32)
@@ -89,6 +89,10 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
 
     emit(Phase("reading the image folders"))
     dataset = folders.scan(config.folders, config.captions)
+    output = resolve(config.folders.output) if config.folders.output else run.output
+    beside = {picture.path.parent / cached for picture in dataset.pictures for cached in (cache.FOLDER, texts.FOLDER)}
+    for folder in (run.folder, run.samples, output, *sorted(beside)):
+        sweep(folder)
     buckets = Buckets(config.data)
     placements = [buckets.place(picture.size) for picture in dataset.pictures]
 
@@ -194,7 +198,7 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
         prompts=prompts,
         captions=captions,
         prompt_texts=prompt_texts,
-        output=resolve(config.folders.output) if config.folders.output else run.output,
+        output=output,
         check=check,
         retention=Retention(config.saving),
         trackers=trackers.start(config, run, emit) if accelerator.is_main_process else trackers.Trackers(emit),

@@ -10,6 +10,7 @@
     output/         the LoRA files, unless the preset names another folder
     exit            how the process ended, as JSON, written by the page that started it
     killed          empty; there when the page ended the trainer by force
+    queued          there while the run waits for its turn: its place, as a number
 
 Needs no torch, so that the page can use it.
 """
@@ -17,6 +18,7 @@ Needs no torch, so that the page can use it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,6 +30,7 @@ from pathlib import Path
 
 import psutil
 
+log = logging.getLogger(__name__)
 REQUESTS = ("stop", "sample", "save")
 
 # What the trainer's process answers; the page and scripts rely on it.
@@ -82,6 +85,10 @@ class Run:
     @property
     def killed(self) -> Path:
         return self.folder / "killed"
+
+    @property
+    def queued(self) -> Path:
+        return self.folder / "queued"
 
     def claim(self) -> None:
         """Write down that this process is the run's trainer.
@@ -165,3 +172,43 @@ def unfinished(path: Path) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>tmp|old)")
+
+
+def sweep(folder: Path) -> None:
+    """Clear up after processes that were killed while they wrote in `folder`.
+
+    What is half written (`.NAME.PID.tmp`) goes. What stood aside for a successor (`.NAME.PID.old`) gets its
+    name back where the successor never took it. What a living process writes is left alone.
+    """
+    try:
+        found = [(path, match) for path in folder.iterdir() if (match := _UNFINISHED.fullmatch(path.name))]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("%s cannot be looked through: %s", folder, error)
+        return
+    for path, match in found:
+        try:
+            if _writes(int(match["pid"]), path):
+                continue
+            name = path.with_name(match["name"])
+            if match["kind"] == "old" and not name.exists():
+                path.rename(name)
+                log.info("%s is back: a killed trainer was replacing it", name)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError as error:
+            log.warning("%s, which a killed trainer left, cannot be removed: %s", path, error)
+
+
+def _writes(pid: int, path: Path) -> bool:
+    """Whether the process that a name tells of lives, and is not another that got its number since."""
+    try:
+        return psutil.Process(pid).create_time() <= path.stat().st_mtime
+    except psutil.Error:
+        return False

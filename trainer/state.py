@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.data.folders import Picture
 from trainer.errors import StateError
 from trainer.paths import shown
+from trainer.run import sweep
 from trainer.schema import PARAMETERS, Config
 from trainer.schema.overrides import KEY, SECRET
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "lorawright state", 1
 HEADER, TENSORS = "state.json", "tensors.safetensors"
+_NAME = re.compile(r"-state(-\d+)?$")
 
 # The state holds what these stand for, so they cannot change on the way.
 _FIXED = ("LoRA_type", "optimizer", "optimizer_args", "full_fp16", "full_bf16")
@@ -130,19 +133,60 @@ class State:
         if scaler is not None and parts["scaler"]:
             scaler.load_state_dict(parts["scaler"])
 
+    def verify(self) -> None:
+        """Raise StateError unless the tensors are those that were written."""
+        try:
+            with (self.folder / TENSORS).open("rb") as file:
+                whole = _digest(file) == self.digest
+        except OSError as error:
+            raise _damaged(self.folder, str(error)) from error
+        if not whole:
+            raise _damaged(self.folder, f"{TENSORS} is not the one that was written")
+
     def _parts(self) -> Any:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        self.verify()
         try:
-            with (self.folder / TENSORS).open("rb") as file:
-                whole = _digest(file) == self.digest
-            tensors = load_file(self.folder / TENSORS) if whole else {}
-        except (OSError, SafetensorError) as error:
-            raise _damaged(self.folder, str(error)) from error
-        if not whole:
-            raise _damaged(self.folder, f"{TENSORS} is not the one that was written")
-        return {name: _unpacked(part, tensors) for name, part in self.packed.items()}
+            tensors = load_file(self.folder / TENSORS)
+            return {name: _unpacked(part, tensors) for name, part in self.packed.items()}
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(self.folder, str(error) or type(error).__name__) from error
+
+
+def find(folder: Path) -> tuple[State, list[str]]:
+    """The state that `folder` means, and in words what was passed over for it.
+
+    A state folder means itself. Any other, such as an output folder or a run's, means the newest whole state
+    inside; one that is torn is passed over for the one before it. Raises StateError where there is none.
+    """
+    if not os.path.lexists(folder):
+        sweep(folder.parent)  # a trainer may have been killed while it replaced this very one
+    states = [] if _NAME.search(folder.name) or is_state(folder) else _inside(folder) or _inside(folder / "output")
+    if not states:
+        return read(folder), []
+    passed = []
+    for path in states:
+        try:
+            found = read(path)
+            found.verify()
+            return found, passed
+        except StateError as error:
+            passed.append(error.message)
+    raise StateError(
+        f'None of the {len(states)} training states in "{shown(folder)}" can be used. {" ".join(passed)}',
+        "Start anew with the newest LoRA file in LoRA network weights (network_weights).",
+    )
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The folders in a folder that are called as states are, those that were written last first."""
+    try:
+        inner = [path for path in folder.iterdir() if _NAME.search(path.name) and path.is_dir()]
+        return sorted(inner, key=lambda path: max(p.stat().st_mtime_ns for p in (path, *path.iterdir())), reverse=True)
+    except (OSError, ValueError):  # no such folder; a path with NUL
+        return []
 
 
 def read(folder: Path) -> State:

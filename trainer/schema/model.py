@@ -216,8 +216,9 @@ class Saving(Group):
         "",
         "Resume from saved training state",
         Section.SAVING,
-        """A state folder (NAME-state, NAME-000002-state …): training goes on at the step behind it as if it had
-        never stopped. Give the same settings; what differs is listed at the start. To train longer than
+        """A state folder (NAME-state, NAME-000002-state …), or a folder with such, an output folder or a run's, of
+        which the newest is taken, and where that is torn the one before it: training goes on at the step behind it
+        as if it had never stopped. Give the same settings; what differs is listed at the start. To train longer than
         planned, raise Epoch or Max train steps.""",
         kind="folder",
         placeholder="/output/last-000004-state",
