@@ -27,6 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
     check = commands.add_parser("check", help="find everything that would stop this preset")
     check.add_argument("preset", type=Path)
     check.add_argument("--json", action="store_true", help="answer in JSON")
+    bench = commands.add_parser("bench", help="measure how fast a preset trains here, and where the time goes")
+    bench.add_argument("preset", type=Path, nargs="?", default=Path("presets/first-steps.json"))
+    bench.add_argument("--steps", type=int, default=20, help="how many steps are measured (default: 20)")
+    bench.add_argument("--json", action="store_true", help="answer in JSON")
     commands.add_parser("parameters", help="print the table of all parameters")
     tools.add_to(commands)
     known, rest = parser.parse_known_args(arguments)
@@ -49,6 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
         from trainer.check import report
 
         return report(preset, as_json=known.json)
+    if known.command == "bench":
+        from trainer.bench import report as measured
+
+        return measured(preset, known.steps, as_json=known.json)
     from trainer.start import train as start
 
     return start(preset, known.run)
