@@ -209,6 +209,6 @@ def sweep(folder: Path) -> None:
 def _writes(pid: int, path: Path) -> bool:
     """Whether the process that a name tells of lives, and is not another that got its number since."""
     try:
-        return psutil.Process(pid).create_time() <= path.stat().st_mtime
+        return bool(psutil.Process(pid).create_time() <= path.stat().st_mtime)
     except psutil.Error:
         return False
