@@ -111,6 +111,7 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
         return 1
     # launch() replaces an empty list by one of its own.
     blocks.allowed_paths = allowed
+    desk.queue.serve()
     print(f"Lorawright is at {local}", flush=True)
     if given.share:
         _tell_share(shared, hosts, blocks.server_port)

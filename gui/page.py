@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gui import form, live
+from gui import form, history, live
 from gui.files import Roots
 from gui.gradio_import import gr
 from gui.presets import Presets
 from gui.runs import BusyError, Runs, kill
 from gui.tools import Tools
+from gui.waiting import Queue
 from trainer import kohya
 from trainer.errors import ConfigError, Problem
 from trainer.run import REQUESTS, Run
@@ -32,6 +33,7 @@ SCRIPTS = (
     "samples",
     "live",
     "bar",
+    "compare",
     "lists",
     "outlook",
     "dataset",
@@ -40,6 +42,7 @@ SCRIPTS = (
 )
 PARAMETER_TABS = ("Basic", "Advanced")
 MOST_RUNS = 100
+MOST_COMPARED = 6
 FIRST = "shipped/first-steps"
 
 Answer = dict[str, Any]
@@ -154,10 +157,33 @@ class Desk:
         except BusyError as error:
             return _busy(str(error))
         except OSError as error:
-            place = error.filename or self.runs.folder
-            message = f'"{place}" cannot be written: {error.strerror}. Start the page with --runs FOLDER elsewhere.'
-            return {**answer, "problems": [asdict(Problem("", "Runs folder", message))]}
+            return {**answer, "problems": [self._unwritable(error)]}
         return {**answer, "run": run.folder.name}
+
+    def _unwritable(self, error: OSError) -> Answer:
+        place = error.filename or self.runs.folder
+        message = f'"{place}" cannot be written: {error.strerror}. Start the page with --runs FOLDER elsewhere.'
+        return asdict(Problem("", "Runs folder", message))
+
+    @cached_property
+    def queue(self) -> Queue:
+        return Queue(self.runs)
+
+    def enqueue(self, ask: Ask) -> Answer:
+        """Check, and let the settings wait for their turn when nothing stands in the way."""
+        answer = self.check(ask)
+        if any(problem["severity"] == "error" for problem in answer["problems"]):
+            return answer
+        try:
+            run = self.queue.add(form.read(ask["entries"]), ask["kept"])
+        except OSError as error:
+            return {**answer, "problems": [self._unwritable(error)]}
+        return {**answer, "run": run.folder.name}
+
+    def turn(self, ask: Ask) -> Answer:
+        """Let a waiting run start earlier, or take it out of the queue."""
+        run, orders = self._run(ask), {"earlier": self.queue.earlier, "remove": self.queue.remove}
+        return {"done": run is not None and ask["word"] in orders and orders[ask["word"]](run)}
 
     def poll(self, ask: Ask) -> Answer:
         answer = live.poll(self.runs, ask)
@@ -181,7 +207,51 @@ class Desk:
         return {
             "runs": [self.runs.summary(run_id) for run_id in ids[:MOST_RUNS]],
             "more": max(0, len(ids) - MOST_RUNS),
+            "queue": [run.folder.name for run in self.queue.waiting()],
+            "trouble": self.queue.trouble,
         }
+
+    def resume(self, ask: Ask) -> Answer:
+        """A run's settings with its newest sound state, ready to be started."""
+        answer, run = self.settings(ask), self._run(ask)
+        folder = history.newest_state(run) if run else None
+        if folder is None:
+            return {"problems": [asdict(Problem("", "Resume", "No state of this run can be read any more."))]}
+        if "entries" in answer:
+            answer["entries"]["resume"] = str(folder)
+        return answer
+
+    def files(self, ask: Ask) -> Answer:
+        """What of a run can be downloaded, with its size."""
+        run = self._run(ask)
+        found = live.downloads(run) if run else {}
+        return {"files": [[name, path.stat().st_size] for name, path in found.items()]}
+
+    def delete(self, ask: Ask) -> Answer:
+        """What would go and what would stay of a run's folder; deleted when `sure`. `refused` says why not."""
+        run = self._run(ask)
+        if run is None:
+            return {"refused": "There is no such run."}
+        try:
+            found = self.runs.delete(run) if ask.get("sure") is True else history.rest(run)
+        except BusyError as error:
+            return {"refused": str(error)}
+        except OSError as error:
+            return {"refused": f'"{error.filename or run.folder}" cannot be deleted: {error.strerror}.'}
+        names = [[path.relative_to(run.folder).as_posix() for path in part] for part in (found.goes, found.stays)]
+        return {"goes": names[0], "stays": names[1]}
+
+    def compare(self, ask: Ask) -> Answer:
+        """Settings, curve and last samples of at most six runs."""
+        answers = []
+        for run_id in dict.fromkeys(map(str, ask["runs"][:MOST_COMPARED])):
+            run = self.runs.find(run_id) if run_id else None
+            if run is None:
+                continue
+            self.allow(run.samples)
+            settings = self.settings({"run": run_id})
+            answers.append({**settings, "curve": history.curve(run), "samples": history.last_samples(run)})
+        return {"runs": answers}
 
     def settings(self, ask: Ask) -> Answer:
         """A run's settings as the form shows them; the newest run's for ""."""
@@ -239,6 +309,12 @@ class Desk:
             "dataset": self.dataset,
             "thumbnails": self.thumbnails,
             "start": self.start,
+            "enqueue": self.enqueue,
+            "turn": self.turn,
+            "resume": self.resume,
+            "files": self.files,
+            "delete": self.delete,
+            "compare": self.compare,
             "poll": self.poll,
             "control": self.control,
             "runs": self.list_runs,

@@ -20,11 +20,12 @@ from typing import Any, Literal
 
 import psutil
 
+from gui import history
 from trainer import events, kohya
 from trainer.errors import Problem
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, Run, new_run, write_whole
 
-State = Literal["starting", "running", "stopping", "stopped", "done", "crashed"]
+State = Literal["queued", "starting", "running", "stopping", "stopped", "done", "crashed"]
 ALIVE = ("starting", "running", "stopping")
 
 CHECK_TIMEOUT_S = 180
@@ -34,7 +35,7 @@ _ID = re.compile(r"\d{8}-\d{6}-[\w.-]+")
 
 
 class BusyError(Exception):
-    """A run is going on; a second one would share its memory. The message names it."""
+    """This cannot be done with a run as it stands: mostly because one is going on. The message says which."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Runs:
         self.folder = folder
         self.root = root
         self.trainer = tuple(trainer)
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def ids(self) -> list[str]:
         """Newest first."""
@@ -69,9 +70,9 @@ class Runs:
         return sorted(found, key=lambda name: (name[:15], (self.folder / name).stat().st_mtime), reverse=True)
 
     def find(self, run_id: str) -> Run | None:
-        """The run of that id; the newest for ""; None if there is none."""
+        """The run of that id; the newest that was started for ""; None if there is none."""
         if not run_id:
-            run_id = next(iter(self.ids()), "")
+            run_id = next((name for name in self.ids() if not (self.folder / name / "queued").exists()), "")
         return Run(self.folder / run_id) if _ID.fullmatch(run_id) and (self.folder / run_id).is_dir() else None
 
     def active(self) -> Run | None:
@@ -103,32 +104,51 @@ class Runs:
 
     def start(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Run:
         """Start a trainer of its own on these settings. Raises BusyError while another run goes on."""
-        with self._lock:
+        with self.lock:
             active = self.active()
             if active is not None:
                 raise BusyError(f"{active.folder.name} is still going on. Stop it first, or wait for its end.")
-            run = new_run(self.folder, str(values.get("output_name") or "lora"))
-            kohya.save(run.config, values, kept)
-            # The key is in no file: the trainer finds it where the wandb package looks for it.
-            key = str(values.get("wandb_api_key") or "")
-            secrets = {"WANDB_API_KEY": key} if key else {}
-            launch(run, [*self.trainer, "train", str(run.config), "--run", str(run.folder)], self.root, secrets)
+            run = self.folder_for(values, kept)
+            self.launch(run, str(values.get("wandb_api_key") or ""))
         return run
+
+    def folder_for(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Run:
+        """A new run's folder, with its settings and nothing else."""
+        run = new_run(self.folder, str(values.get("output_name") or "lora"))
+        kohya.save(run.config, values, kept)
+        return run
+
+    def launch(self, run: Run, wandb_key: str) -> None:
+        """Start a run's trainer, whose settings are in its folder."""
+        # The key is in no file: the trainer finds it where the wandb package looks for it.
+        secrets = {"WANDB_API_KEY": wandb_key} if wandb_key else {}
+        launch(run, [*self.trainer, "train", str(run.config), "--run", str(run.folder)], self.root, secrets)
+
+    def delete(self, run: Run) -> history.Rest:
+        """Delete what a run wrote into its folder. Raises BusyError while it lives, or where a link leads elsewhere."""
+        if run.folder.is_symlink():
+            raise BusyError(f"{run.folder.name} is a link to a folder elsewhere, where nothing is deleted from here.")
+        with self.lock:
+            if state(run) in (*ALIVE, "queued") or run.process() is not None:
+                raise BusyError(f"{run.folder.name} is not over. Stop it first.")
+            exit_code(run)  # is being written for a moment after the end
+            return history.delete(run)
 
     def summary(self, run_id: str) -> dict[str, Any]:
         """One line of the list of runs."""
         run = Run(self.folder / run_id)
         tail = events.last(run.events)
         step = next((e for e in reversed(tail) if e["type"] == "step"), None)
+        now = state(run, tail)
         return {
             "id": run_id,
-            "state": state(run, tail),
+            "state": now,
             "name": run_id[16:],
             "began": began(run),
             "step": step["step"] if step else 0,
             "total": step["total"] if step else 0,
             "loss": step.get("average_loss") if step else None,
-            "files": [e["path"] for e in tail if e["type"] == "saved" and e["what"] == "final"],
+            "resumable": now in ("stopped", "crashed") and history.has_state(run),
         }
 
 
@@ -222,6 +242,8 @@ def state(run: Run, tail: Sequence[Mapping[str, Any]] | None = None) -> State:
             return "stopped" if event["status"] == "stopped" else "done"
         if event["type"] == "failed":
             return "crashed"
+    if run.queued.exists() and not run.pid.exists():
+        return "queued"
     if run.process() is None:
         return "stopped" if exit_code(run) == EXIT_STOPPED else "crashed"
     if stop_asked(run) is not None:

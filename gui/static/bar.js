@@ -11,6 +11,7 @@ class Bar {
     this.on("lw-changed", () => this.tellChanged());
     this.on("lw-check", () => this.check());
     this.on("lw-start", () => this.start());
+    this.on("lw-queue", () => this.enqueue());
     form.resetting = (p) => this.order(() => this.resetOne(p));
     form.whenChanged.push(() => this.count());
     form.whenChanged.push(() => this.draftLater());
@@ -178,11 +179,17 @@ class Bar {
     this.live.watch("");
   }
 
-  tell(answer, success) {
+  async enqueue() {
+    this.banner.busy("Checking, then adding to the queue …");
+    const answer = await this.server.enqueue({ entries: await this.form.read(), kept: this.form.kept });
+    this.tell(answer, "In the queue: it starts when what runs has ended.", [["Show the queue", () => this.form.open("Runs")]]);
+  }
+
+  tell(answer, success, actions = []) {
     const errors = answer.problems.filter((p) => p.severity === "error");
     this.form.mark([...errors]);
     const items = [...errors, ...answer.problems.filter((p) => p.severity !== "error"), ...answer.notes];
     const title = errors.length ? `${errors.length === 1 ? "One thing stands" : `${errors.length} things stand`} in the way of training:` : success;
-    this.banner.show(errors.length ? "error" : items.length ? "warning" : "good", title, items);
+    this.banner.show(errors.length ? "error" : items.length ? "warning" : "good", title, items, errors.length ? [] : actions);
   }
 }

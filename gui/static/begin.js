@@ -15,7 +15,7 @@ async function begin(server) {
   new Finder(form);
   new Outlook(form, server);
   new DatasetTab(form, server, banner);
-  new RunList(server, live);
+  new RunList(server, live, bar);
   new Json(server, form, bar);
   new Tools(server, form, bar);
   bar.offer(hello.presets);

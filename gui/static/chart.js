@@ -5,9 +5,7 @@ class Chart {
     this.canvas = canvas;
     this.readout = readout;
     this.clear();
-    new ResizeObserver(() => this.draw()).observe(canvas);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
-    new MutationObserver(() => this.draw()).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+    redrawn(canvas, () => this.draw());
     canvas.addEventListener("pointermove", (event) => { this.pointer = event.offsetX; this.draw(); });
     canvas.addEventListener("pointerleave", () => { this.pointer = null; this.draw(); });
   }
@@ -33,15 +31,8 @@ class Chart {
 
   paint() {
     const { canvas, steps, loss, average } = this;
-    const width = canvas.clientWidth, height = canvas.clientHeight, scale = devicePixelRatio || 1;
+    const { pen, width, height, colour } = fresh(canvas);
     if (!width) return;
-    canvas.width = width * scale;
-    canvas.height = height * scale;
-    const pen = canvas.getContext("2d");
-    pen.scale(scale, scale);
-    const look = getComputedStyle(canvas);
-    const colour = (name) => look.getPropertyValue(name).trim();
-    pen.font = `11px ${look.fontFamily}`;
     if (!steps.length) {
       pen.fillStyle = colour("--lw-muted");
       pen.textAlign = "center";
@@ -49,31 +40,8 @@ class Chart {
       this.readout.textContent = "";
       return;
     }
-    const box = { left: 46, right: width - 8, top: 8, bottom: height - 24 };
-    const first = steps[0], span = Math.max(1, steps[steps.length - 1] - first);
-    const x = (step) => box.left + ((step - first) / span) * (box.right - box.left);
-    const sorted = loss.filter((v) => v > 0).sort((a, b) => a - b);
-    const low = Math.log10((sorted[Math.floor(sorted.length * 0.01)] || 1e-3) * 0.9);
-    const high = Math.max(Math.log10((sorted[Math.ceil(sorted.length * 0.99) - 1] || 1) * 1.1), low + 0.3);
-    const y = (v) => box.bottom - ((Math.log10(Math.max(v, 1e-9)) - low) / (high - low)) * (box.bottom - box.top);
-
-    pen.strokeStyle = colour("--lw-grid");
-    pen.fillStyle = colour("--lw-muted");
-    pen.lineWidth = 1;
-    pen.textAlign = "right";
-    pen.textBaseline = "middle";
-    for (const value of logTicks(low, high, Math.max(3, Math.floor((box.bottom - box.top) / 24)))) {
-      const at = Math.round(y(value)) + 0.5;
-      pen.beginPath(); pen.moveTo(box.left, at); pen.lineTo(box.right, at); pen.stroke();
-      pen.fillText(String(Number(value.toPrecision(3))), box.left - 6, at);
-    }
-    pen.textBaseline = "alphabetic";
-    pen.textAlign = "center";
-    for (const value of stepTicks(first, first + span, Math.max(2, Math.floor(width / 90)))) {
-      const at = Math.min(Math.max(x(value), box.left + 8), box.right - 12);
-      pen.fillText(String(value), at, height - 4);
-    }
-
+    const { box, x, y } = axes(pen, width, height, colour, steps[0], steps[steps.length - 1], loss);
+    const first = steps[0];
     pen.save();
     pen.beginPath(); pen.rect(box.left, box.top - 4, box.right - box.left, box.bottom - box.top + 4); pen.clip();
     // Where a pixel column holds many steps, it shows their range.
@@ -111,6 +79,52 @@ class Chart {
       unet && `U-Net rate ${unet}`, text && `text encoder rate ${text}`].filter(Boolean).join(" · ");
     this.canvas.setAttribute("aria-label", `Loss over ${steps.length} steps. ${this.readout.textContent}`);
   }
+}
+
+// Draw whenever the canvas changes its size or the page its colours.
+function redrawn(canvas, draw) {
+  new ResizeObserver(draw).observe(canvas);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  new MutationObserver(draw).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+}
+
+// An empty canvas as sharp as the screen, with a pen, its size and the page's colours by name.
+function fresh(canvas) {
+  const width = canvas.clientWidth, height = canvas.clientHeight, scale = devicePixelRatio || 1;
+  const pen = canvas.getContext("2d"), look = getComputedStyle(canvas);
+  if (width) Object.assign(canvas, { width: width * scale, height: height * scale });
+  pen.scale(scale, scale);
+  pen.font = `11px ${look.fontFamily}`;
+  return { pen, width, height, colour: (name) => look.getPropertyValue(name).trim() };
+}
+
+// Draw a logarithmic axis of losses and one of steps; returns the box between them, and where a step and a loss lie.
+function axes(pen, width, height, colour, first, last, losses) {
+  const box = { left: 46, right: width - 8, top: 8, bottom: height - 24 };
+  const span = Math.max(1, last - first);
+  const x = (step) => box.left + ((step - first) / span) * (box.right - box.left);
+  const sorted = losses.filter((v) => v > 0).sort((a, b) => a - b);
+  const low = Math.log10((sorted[Math.floor(sorted.length * 0.01)] || 1e-3) * 0.9);
+  const high = Math.max(Math.log10((sorted[Math.ceil(sorted.length * 0.99) - 1] || 1) * 1.1), low + 0.3);
+  const y = (v) => box.bottom - ((Math.log10(Math.max(v, 1e-9)) - low) / (high - low)) * (box.bottom - box.top);
+
+  pen.strokeStyle = colour("--lw-grid");
+  pen.fillStyle = colour("--lw-muted");
+  pen.lineWidth = 1;
+  pen.textAlign = "right";
+  pen.textBaseline = "middle";
+  for (const value of logTicks(low, high, Math.max(3, Math.floor((box.bottom - box.top) / 24)))) {
+    const at = Math.round(y(value)) + 0.5;
+    pen.beginPath(); pen.moveTo(box.left, at); pen.lineTo(box.right, at); pen.stroke();
+    pen.fillText(String(Number(value.toPrecision(3))), box.left - 6, at);
+  }
+  pen.textBaseline = "alphabetic";
+  pen.textAlign = "center";
+  for (const value of stepTicks(first, first + span, Math.max(2, Math.floor(width / 90)))) {
+    const at = Math.min(Math.max(x(value), box.left + 8), box.right - 12);
+    pen.fillText(String(value), at, height - 4);
+  }
+  return { box, x, y };
 }
 
 function trace(pen, steps, values, x, y) {

@@ -1,8 +1,12 @@
 // The tabs beside the form: all runs, and the form as JSON.
 
 class RunList {
-  constructor(server, live) {
-    Object.assign(this, { server, live });
+  constructor(server, live, bar) {
+    Object.assign(this, { server, live, bar, chosen: new Set() });
+    this.comparison = new Compare(bar.form, server);
+    document.addEventListener("click", (event) => {
+      if (event.target.id === "lw-compare-now") this.bar.order(() => this.comparison.show([...this.chosen]));
+    });
     setInterval(() => this.refresh(), 3000);
   }
 
@@ -11,14 +15,20 @@ class RunList {
     if (!body?.offsetParent || document.hidden || this.asking) return;
     this.asking = true;
     try {
-      const { runs, more } = await this.server.runs({});
-      const key = JSON.stringify([runs, this.live.run]);
+      const { runs, more, queue, trouble } = await this.server.runs({});
+      const key = JSON.stringify([runs, this.live.run, queue, trouble]);
       if (this.shown !== key || !body.childElementCount) {
         this.shown = key;
-        const focused = document.activeElement?.dataset?.run;
-        body.replaceChildren(...runs.map((run) => this.row(run)));
-        if (focused) body.querySelector(`[data-run="${CSS.escape(focused)}"]`)?.focus();
-        byId("lw-runs-note").textContent = !runs.length ? "No runs yet." : more ? `${more} older runs are not shown.` : "";
+        const focused = document.activeElement?.dataset?.act;
+        const place = (run) => (run.state === "queued" ? queue.indexOf(run.id) : Infinity);
+        runs.sort((a, b) => (place(a) === place(b) ? 0 : place(a) - place(b)));
+        for (const id of this.chosen) if (!runs.some((run) => run.id === id)) this.chosen.delete(id);
+        body.replaceChildren(...runs.map((run) => this.row(run, place(run))));
+        this.count();
+        if (focused) body.querySelector(`[data-act="${CSS.escape(focused)}"]`)?.focus();
+        byId("lw-runs-note").textContent = [trouble && `The queue stands still: ${trouble}.`, !runs.length && "No runs yet.",
+          queue.length && "When a run ends, however it ends, the next in the queue begins.",
+          more && `${more} older runs are not shown.`].filter(Boolean).join(" ");
       }
     } catch {
       byId("lw-runs-note").textContent = "The server does not answer; trying again …";
@@ -27,15 +37,58 @@ class RunList {
     }
   }
 
-  row(run) {
-    const watching = run.id === this.live.run;
-    return make("tr", { "aria-current": watching ? "true" : null },
-      make("td", {}, make("span", { class: "lw-pill", "data-state": run.state }, run.state)),
-      make("td", {}, make("button", { class: "lw-link", type: "button", "data-run": run.id, onclick: () => { this.live.watch(run.id); this.shown = ""; setTimeout(() => this.refresh(), 400); } }, run.name)),
-      make("td", {}, new Date(run.began * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })),
+  again() { this.shown = ""; return this.refresh(); }
+
+  count() { byId("lw-compare-now").disabled = this.chosen.size < 2 || this.chosen.size > HUES.length; }
+
+  row(run, place) {
+    const waits = run.state === "queued", alive = ["starting", "running", "stopping"].includes(run.state);
+    const choose = make("input", { type: "checkbox", checked: this.chosen.has(run.id), "aria-label": `Compare ${run.id}`, "data-act": `compare ${run.id}`,
+      onchange: (event) => { this.chosen[event.target.checked ? "add" : "delete"](run.id); this.count(); } });
+    const act = (word, does) => make("button", { class: "lw-link lw-small", type: "button", "aria-label": `${word} ${run.id}`, "data-act": `${word} ${run.id}`,
+      onclick: () => this.bar.order(does) }, word);
+    const turn = (word) => async () => { await this.server.turn({ run: run.id, word }); await this.again(); };
+    return make("tr", { "aria-current": run.id === this.live.run ? "true" : null },
+      make("td", {}, waits ? "" : choose),
+      make("td", {}, make("span", { class: "lw-pill", "data-state": run.state }, waits ? `queued ${place + 1}` : run.state)),
+      make("td", {}, waits ? run.name : make("button", { class: "lw-link", type: "button", title: "Show at the side", "data-act": run.id, onclick: () => { this.live.watch(run.id); setTimeout(() => this.again(), 400); } }, run.name),
+        make("div", { class: "lw-facts" }, new Date(run.began * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }))),
       make("td", { class: "lw-number" }, run.total ? `${run.step}/${run.total}` : "–"),
       make("td", { class: "lw-number" }, run.loss === null ? "–" : run.loss.toPrecision(3)),
-      make("td", {}, watching ? "shown at the side" : ""));
+      make("td", { class: "lw-acts" }, run.resumable && act("Resume", () => this.resume(run)), act("Repeat", () => this.repeat(run)),
+        waits ? place > 0 && act("Earlier", turn("earlier")) : act("Files", () => this.files(run)),
+        waits ? act("Remove", turn("remove")) : !alive && act("Delete", () => this.remove(run))));
+  }
+
+  async repeat(run) {
+    await this.bar.take(await this.server.settings({ run: run.id }), `The settings of ${run.id}.`);
+  }
+
+  async resume(run) {
+    const answer = await this.server.resume({ run: run.id });
+    if (!answer.entries) return this.bar.banner.show("error", `${run.id} cannot go on.`, answer.problems);
+    await this.bar.take(answer, `The settings of ${run.id}, to go on from its newest state.`);
+    await this.bar.start();
+  }
+
+  async files(run) {
+    const { files } = await this.server.files({ run: run.id });
+    const list = files.map(([name, size]) => make("li", {}, make("button", { type: "button", onclick: () => this.live.download(name, run.id) },
+      `↓ ${name}`, make("span", { class: "lw-facts" }, bytes(size)))));
+    await ask(`Files of ${run.id}`, make("ul", { class: "lw-files lw-few" }, ...list), [["", "Close"]]);
+  }
+
+  // Ask with the names of all that would go and of what would stay.
+  async remove(run) {
+    const found = await this.server.delete({ run: run.id });
+    const told = (word, names) => names.length > 0 && make("p", {}, make("b", {}, word), names.join(", "));
+    const text = make("div", { class: "lw-stack lw-names" }, told("Deleted for good: ", found.goes || []),
+      told("Left alone, since the trainer did not write it: ", found.stays || []));
+    const sure = found.goes && await ask(`Delete ${run.id}?`, text, [["", "Keep"], ["delete", "Delete", "lw-danger"]]);
+    if (sure === "") return;
+    const { refused } = sure ? await this.server.delete({ run: run.id, sure: true }) : found;
+    if (refused) this.bar.banner.show("error", "The run is not deleted.", [{ severity: "error", message: refused }]);
+    await this.again();
   }
 }
 

@@ -266,8 +266,8 @@ class Live {
     this.soon(0);
   }
 
-  async download(name) {
-    const answer = await this.server.download({ run: this.run, name });
+  async download(name, run = this.run) {
+    const answer = await this.server.download({ run, name });
     if (!answer.path) { this.say(`${name} is no longer there.`); return; }
     const link = make("a", { href: fileAddress(answer.path), download: name });
     document.body.append(link);

@@ -8,7 +8,7 @@ import pytest
 from gui import page
 from gui.files import Roots
 from gui.presets import Presets
-from gui.runs import Runs
+from gui.runs import Runs, exit_code
 from trainer import kohya
 from trainer.schema import PARAMETERS
 
@@ -173,3 +173,95 @@ def test_the_outline_counts_in_plain_words():
         page.outline(summary) == "1 image · 1 bucket · 10 seen in an epoch · 2 epochs · 20 steps · SDXL, v-prediction"
     )
     assert page.outline({}) == ""
+
+
+def ended_run(desk, words="steps=8"):
+    run = desk.start({"entries": entries(desk, training_comment=words, output_name="cat"), "kept": {}})["run"]
+    while desk.poll({"run": "", "follow": run})["state"] not in ("done", "crashed", "stopped"):
+        pass
+    return run
+
+
+def test_a_crashed_runs_settings_come_back_with_its_newest_state(desk):
+    run = ended_run(desk, "steps=8 state crash")
+    (row,) = desk.list_runs({})["runs"]
+    assert row["resumable"]
+    answer = desk.resume({"run": run})
+    assert answer["entries"]["resume"] == str(desk.runs.folder / run / "output" / "last-state")
+    assert answer["entries"]["training_comment"] == "steps=8 state crash"
+
+
+def test_a_run_without_a_state_cannot_go_on_and_says_so(desk):
+    run = ended_run(desk, "steps=8 crash")
+    assert not desk.list_runs({})["runs"][0]["resumable"]
+    assert "No state" in desk.resume({"run": run})["problems"][0]["message"]
+
+
+def test_deleting_names_first_what_goes_and_spares_the_living(desk):
+    run = desk.start({"entries": entries(desk, training_comment="steps=500"), "kept": {}})["run"]
+    assert "not over" in desk.delete({"run": run, "sure": True})["refused"]
+    assert (desk.runs.folder / run / "config.json").exists()
+    while desk.poll({"run": "", "follow": run})["state"] != "running":
+        pass
+    desk.control({"run": run, "word": "kill"})
+    assert exit_code(desk.runs.find(run)) == -9
+    answer = desk.delete({"run": run})
+    assert {"config.json", "events.jsonl", "log.txt", "killed"} <= set(answer["goes"]) and answer["stays"] == []
+    assert (desk.runs.folder / run).exists()
+    assert "goes" in desk.delete({"run": run, "sure": "yes"}) and (desk.runs.folder / run).exists()
+    desk.delete({"run": run, "sure": True})
+    assert not (desk.runs.folder / run).exists()
+
+
+FORGED = ["", "..", "../x", "/etc", "presets", "20260101-000000-a/../../x", "20260101-000000-none", None, 7, ["x"]]
+
+
+@pytest.mark.parametrize("run", FORGED)
+def test_forged_run_ids_change_and_tell_nothing(desk, run, tmp_path):
+    (desk.runs.folder / "presets").mkdir(parents=True)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    assert "refused" in desk.delete({"run": run, "sure": True})
+    assert desk.resume({"run": run}).get("entries") is None
+    assert desk.files({"run": run}) == {"files": []}
+    assert desk.compare({"runs": [run]}) == {"runs": []}
+    for word in ("earlier", "remove", "delete", None):
+        assert desk.turn({"run": run, "word": word}) == {"done": False}
+    assert sorted(tmp_path.rglob("*")) == before and desk.allowed == []
+
+
+def test_a_linked_run_is_not_deleted(desk, tmp_path):
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    (outside / "config.json").write_text("{}")
+    desk.runs.folder.mkdir()
+    (desk.runs.folder / "20260101-000000-link").symlink_to(outside)
+    assert "link" in desk.delete({"run": "20260101-000000-link", "sure": True})["refused"]
+    assert (outside / "config.json").exists()
+
+
+def test_only_what_waits_can_be_taken_out_of_the_queue(desk):
+    run = ended_run(desk)
+    assert desk.turn({"run": run, "word": "remove"}) == {"done": False}
+    waits = desk.enqueue({"entries": entries(desk), "kept": {}})["run"]
+    assert desk.list_runs({})["queue"] == [waits]
+    assert "not over" in desk.delete({"run": waits, "sure": True})["refused"]
+    assert desk.turn({"run": waits, "word": "remove"}) == {"done": True}
+    assert desk.list_runs({})["queue"] == [] and (desk.runs.folder / run).exists()
+
+
+def test_settings_with_errors_do_not_wait_in_the_queue(desk):
+    answer = desk.enqueue({"entries": entries(desk, learning_rate="fast"), "kept": {}})
+    assert "run" not in answer and [p["key"] for p in answer["problems"]] == ["learning_rate"]
+    assert desk.runs.ids() == []
+
+
+def test_runs_are_compared_by_settings_curve_and_last_samples(desk):
+    first, second = ended_run(desk), ended_run(desk, "steps=4")
+    answer = desk.compare({"runs": [first, second, first, "../x"]})["runs"]
+    assert [run["run"] for run in answer] == [first, second]
+    assert [run["curve"][-1][0] for run in answer] == [8, 4]
+    assert [sample["step"] for sample in answer[0]["samples"]] == [8, 8]
+    assert answer[0]["entries"]["training_comment"] == "steps=8"
+    assert desk.runs.folder / first / "samples" in desk.allowed

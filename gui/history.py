@@ -1,0 +1,130 @@
+"""What ended runs are good for: going on where they stopped, being compared, and being deleted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from trainer import events
+from trainer.errors import StateError
+from trainer.run import Run
+
+MOST_POINTS = 400
+"""Of one run's curve in a comparison: as many as a chart has pixels to show."""
+
+REPLACED_AFTER_S = 60
+"""A state that is this much younger than its event was written by another run under the same name."""
+
+
+def saved(run: Run) -> tuple[tuple[Path, str, float], ...]:
+    """All that a run wrote into its output folder, oldest first: path, what it is, when (Unix seconds)."""
+    try:
+        return _saved(run, run.events.stat().st_size)
+    except FileNotFoundError:
+        return ()
+
+
+@lru_cache(256)
+def _saved(run: Run, size: int) -> tuple[tuple[Path, str, float], ...]:
+    # The size is there for the cache: events are only ever appended.
+    found = (event for event, _ in events.read(run.events) if event["type"] == "saved")
+    return tuple((run.folder / str(e["path"]), str(e["what"]), float(str(e["time"]))) for e in found)
+
+
+def has_state(run: Run) -> bool:
+    """Whether a state of the run is still there, which need not be sound."""
+    return next(_states(run), None) is not None
+
+
+def newest_state(run: Run) -> Path | None:
+    """The newest state that the run wrote and that is sound; None if there is none."""
+    from trainer import state  # late: it brings what reads images
+
+    for folder in _states(run):
+        try:
+            state.read(folder)
+        except StateError:
+            continue  # an older one may be sound
+        return folder
+    return None
+
+
+def _states(run: Run) -> Iterator[Path]:
+    for path, what, when in reversed(saved(run)):
+        header = path / "state.json"
+        if what == "state" and header.is_file() and header.stat().st_mtime < when + REPLACED_AFTER_S:
+            yield path
+
+
+def curve(run: Run) -> list[list[float]]:
+    """The averaged loss as at most 400 points (step, loss), the last among them."""
+    try:
+        found = [e for e, _ in events.read(run.events) if e["type"] == "step"]
+    except FileNotFoundError:
+        return []
+    gap = -(-len(found) // MOST_POINTS) or 1
+    kept = found[::-1][::gap][::-1]
+    return [[e["step"], e["loss"] if e.get("average_loss") is None else e["average_loss"]] for e in kept]  # type: ignore[list-item]
+
+
+def last_samples(run: Run) -> list[dict[str, Any]]:
+    """The last picture of each prompt, those without the LoRA aside."""
+    last: dict[object, dict[str, Any]] = {}
+    folder = run.samples.resolve()
+    try:
+        for event, _ in events.read(run.events):
+            if event["type"] == "sample" and event.get("strength") != 0:
+                path = run.folder / str(event["path"])
+                if folder in path.resolve().parents and path.is_file():
+                    last[event["index"]] = {**event, "path": str(path)}
+    except FileNotFoundError:
+        return []
+    return [last[index] for index in sorted(last, key=str)]
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What deleting a run takes away, and what of its folder it leaves: not the trainer's to delete."""
+
+    goes: tuple[Path, ...]
+    stays: tuple[Path, ...]
+
+
+def rest(run: Run) -> Rest:
+    """What the run itself wrote inside its own folder, and whatever else lies there.
+
+    Files in an output folder elsewhere are no part of it. A link is taken away, never what it leads to.
+    """
+    own = {run.config, run.pid, run.log, run.events, run.control, run.exit, run.killed, run.queued}
+    written = {path for path, _, _ in saved(run)}
+    if run.events.exists():
+        written |= {run.folder / str(e["path"]) for e, _ in events.read(run.events) if e["type"] == "sample"}
+    goes, stays = [], []
+    for path in sorted(run.folder.iterdir()):
+        if path in own or path == run.logs or path.name.endswith(".tmp"):
+            goes.append(path)
+        elif path in (run.samples, run.output) and path.is_dir() and not path.is_symlink():
+            for inner in sorted(path.iterdir()):
+                (goes if inner in written else stays).append(inner)
+        else:
+            stays.append(path)
+    return Rest(tuple(goes), tuple(stays))
+
+
+def delete(run: Run) -> Rest:
+    """Delete what `rest` names; the folder too when nothing stays in it. Returns what went and what stayed."""
+    found = rest(run)
+    # The settings go last, so that what is left after an error is still a run that can be deleted.
+    for path in sorted(found.goes, key=lambda path: path == run.config):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    for folder in (run.samples, run.output, run.folder):
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            folder.rmdir()
+    return found

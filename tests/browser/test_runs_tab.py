@@ -1,0 +1,155 @@
+"""The Runs tab: repeat, resume, files, delete, compare, and the queue."""
+
+import json
+
+from tests.browser.conftest import eventually, open_tab, set_text, shown, wait_state
+from tests.browser.test_live import start
+
+
+def enter(page, name=None, words=None, rank=None):
+    for tab, key, text in (
+        ("Folders", "output_name", name),
+        ("Parameters", "network_dim", rank),
+        ("Source model", "training_comment", words),
+    ):
+        if text is not None:
+            open_tab(page, tab)
+            set_text(page, key, text)
+
+
+def ended(server, page, words, state="done", name="cat"):
+    enter(page, name, words)
+    count = len(list(server.runs.glob("2*")))
+    start(page, words)
+    eventually(lambda: len(list(server.runs.glob("2*"))) > count)
+    wait_state(page, "starting", "running")
+    wait_state(page, state)
+    newest = max(server.runs.glob("2*"), key=lambda folder: folder.stat().st_mtime)
+    eventually((newest / "exit").exists)
+    return newest
+
+
+def row(page, folder):
+    found = page.locator("#lw-runs tr").filter(has=page.get_by_label(f"Repeat {folder.name}"))
+    found.wait_for()
+    return found
+
+
+def test_a_crashed_run_goes_on_from_its_state_with_one_button(server, visit):
+    page = visit(server)
+    crashed = ended(server, page, "steps=8 state crash", "crashed")
+    enter(page, words="something else")
+    open_tab(page, "Runs")
+    row(page, crashed).get_by_role("button", name="Resume").click()
+    eventually(lambda: len(list(server.runs.glob("2*"))) == 2)
+    open_tab(page, "Source model")
+    assert shown(page, "training_comment") == "steps=8 state crash"
+    again = max(server.runs.glob("2*"), key=lambda folder: folder.stat().st_mtime)
+    assert json.loads((again / "config.json").read_text())["resume"] == str(crashed / "output" / "last-state")
+
+
+def test_a_run_is_repeated_its_files_fetched_and_then_deleted_with_care(server, visit):
+    page = visit(server)
+    run = ended(server, page, "steps=4")
+    (run / "notes.txt").write_text("mine")
+    enter(page, words="something else")
+    open_tab(page, "Runs")
+    assert row(page, run).get_by_role("button", name="Resume").count() == 0
+    row(page, run).get_by_role("button", name="Repeat").click()
+    page.wait_for_selector("#lw-banner >> text=The settings of")
+    open_tab(page, "Source model")
+    assert shown(page, "training_comment") == "steps=4"
+    open_tab(page, "Runs")
+    row(page, run).get_by_role("button", name="Files").click()
+    with page.expect_download() as download:
+        page.locator("dialog").get_by_role("button", name="last.safetensors").click()
+    assert download.value.path().read_bytes().startswith(b"not really")
+    page.keyboard.press("Escape")
+    row(page, run).get_by_role("button", name="Delete").click()
+    text = page.locator("dialog").inner_text()
+    assert "output/last.safetensors" in text and "did not write it: notes.txt" in text
+    page.get_by_role("button", name="Keep").click()
+    assert (run / "config.json").exists()
+    row(page, run).get_by_role("button", name="Delete").click()
+    page.locator("dialog").get_by_role("button", name="Delete", exact=True).click()
+    eventually(lambda: [path.name for path in run.iterdir()] == ["notes.txt"])
+
+
+def test_runs_are_compared_side_by_side(server, visit):
+    page = visit(server)
+    first = ended(server, page, "steps=8", name="first")
+    enter(page, rank="16")
+    second = ended(server, page, "steps=16 loss=2", name="second")
+    open_tab(page, "Runs")
+    compare = page.get_by_role("button", name="Compare the chosen")
+    for folder in (first, second):
+        row(page, folder).wait_for()
+        assert compare.is_disabled()
+        page.get_by_label(f"Compare {folder.name}").check()
+    compare.click()
+    table = page.locator("#lw-compare table").first
+    table.wait_for()
+    told = {
+        line.locator("th").inner_text(): line.locator("td").all_inner_texts()
+        for line in table.locator("tbody tr").all()
+    }
+    assert told["Network Rank (Dimension)"] == ["8", "16"] and told["Training comment"] == [
+        "steps=8",
+        "steps=16 loss=2",
+    ]
+    assert len(told) == 3  # and the name
+    page.wait_for_function(
+        "[...document.querySelectorAll('#lw-compare img')].filter((i) => i.naturalWidth).length === 4"
+    )
+    assert page.locator(".lw-legend").inner_text().count("at step") == 2
+    coloured = """() => {
+        const canvas = document.querySelector('.lw-curves');
+        const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+        const drawn = (...rgb) => {
+            for (let i = 0; i < data.length; i += 4)
+                if (data[i + 3] > 200 && rgb.every((value, k) => Math.abs(data[i + k] - value) < 30)) return true;
+            return false;
+        };
+        return drawn(79, 70, 229) && drawn(180, 83, 9);
+    }"""
+    eventually(lambda: page.evaluate(coloured))
+
+
+def test_settings_wait_in_the_queue_change_places_and_start_in_turn(server, visit):
+    page = visit(server)
+    start(page, "steps=3000 pause=0.02")
+    wait_state(page, "running")
+    for name in ("second", "third", "fourth"):
+        enter(page, name, "steps=3")
+        page.get_by_role("button", name="Add to queue").click()
+        page.wait_for_selector("#lw-banner >> text=In the queue")
+        eventually(lambda name=name: list(server.runs.glob(f"*-{name}/queued")))
+        page.get_by_role("button", name="Dismiss").click()
+    assert "running" in page.inner_text("#lw-pill")
+    open_tab(page, "Runs")
+    page.wait_for_selector("#lw-runs tr >> nth=3")
+    queued = page.locator("#lw-runs tr:has([data-state=queued])")
+    assert queued.locator(".lw-pill").all_inner_texts() == ["queued 1", "queued 2", "queued 3"]
+    queued.nth(2).get_by_role("button", name="Earlier").click()
+    eventually(lambda: "fourth" in queued.nth(1).inner_text())
+    queued.nth(2).get_by_role("button", name="Remove").click()
+    eventually(lambda: queued.count() == 2)
+    server.stop()
+    server.start()
+    page.get_by_role("button", name="Stop", exact=True).click()
+    eventually(lambda: len(list(server.runs.glob("2*/output/last.safetensors"))) == 3, 40)
+    began = {folder.name[16:]: folder.name[:15] for folder in server.runs.glob("2*")}
+    assert set(began) - {"second", "fourth"} and "third" not in began
+    assert began["second"] <= began["fourth"] and not list(server.runs.glob("2*/queued"))
+
+
+def test_the_tab_fits_a_phone(server, visit):
+    page = visit(server)
+    run = ended(server, page, "steps=4")
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.evaluate(
+        "() => [...document.querySelectorAll('#form [role=tab], #form .overflow-dropdown button')].find((t) => t.textContent.trim() === 'Runs').click()"
+    )
+    row(page, run)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.get_by_role("button", name="Add to queue").is_visible()

@@ -1,0 +1,110 @@
+"""Runs that are over: going on from their state, being compared, being deleted."""
+
+import json
+import os
+import time
+from itertools import pairwise
+
+import pytest
+
+from gui import history
+from tests.gui.fake_trainer import state
+from trainer.events import EventLog, Sample, Saved, Step
+from trainer.run import Run
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = Run(tmp_path / "runs" / "20260101-000000-cat")
+    made.folder.mkdir(parents=True)
+    made.config.write_text("{}")
+    return made
+
+
+def wrote_state(run, name, step):
+    folder = state(run.output / name, step)
+    EventLog(run.events).emit(Saved(str(folder), step, 1, "state"))
+    return folder
+
+
+def test_the_newest_state_that_is_sound_is_the_one_to_go_on_from(run):
+    assert history.newest_state(run) is None and not history.has_state(run)
+    older, newer = wrote_state(run, "a-state", 10), wrote_state(run, "b-state", 20)
+    assert history.newest_state(run) == newer
+    (newer / "tensors.safetensors").write_bytes(b"cut")
+    assert history.newest_state(run) == older
+    (older / "state.json").unlink()
+    assert history.newest_state(run) is None
+
+
+def test_a_state_that_another_run_wrote_over_is_not_this_runs(run):
+    folder = wrote_state(run, "shared-state", 10)
+    later = time.time() + 3600
+    os.utime(folder / "state.json", (later, later))
+    assert not history.has_state(run) and history.newest_state(run) is None
+
+
+def test_a_curve_is_thinned_and_keeps_the_last_step(run):
+    events = EventLog(run.events)
+    for n in range(1, 1002):
+        events.emit(Step(n, 1001, 1, 1, 0.5, 1 / n, 1e-4, None, 2.0, None, 0))
+    curve = history.curve(run)
+    assert len(curve) <= history.MOST_POINTS and curve[-1] == [1001, 1 / 1001]
+    assert {later[0] - earlier[0] for earlier, later in pairwise(curve)} == {3}
+
+
+def test_the_last_sample_of_each_prompt_with_the_lora_and_inside_the_run_only(run):
+    run.samples.mkdir()
+    events = EventLog(run.events)
+    for step, index, strength in ((0, 0, 1.0), (4, 0, 1.0), (4, 0, 0.0), (4, 1, 1.0)):
+        path = run.samples / f"{step}_{index}_{strength}.png"
+        path.write_bytes(b"x")
+        events.emit(Sample(f"samples/{path.name}", f"prompt {index}", index, 7, step, strength))
+    events.emit(Sample("../../../etc/passwd", "bad", 2, 7, 9, 1.0))
+    found = [(s["prompt"], s["step"], s["path"].rsplit("/", 1)[1]) for s in history.last_samples(run)]
+    assert found == [("prompt 0", 4, "4_0_1.0.png"), ("prompt 1", 4, "4_1_1.0.png")]
+
+
+def test_deleting_takes_what_the_run_wrote_and_leaves_what_others_put_there(run, tmp_path):
+    elsewhere = tmp_path / "loras"
+    elsewhere.mkdir()
+    (elsewhere / "cat.safetensors").write_bytes(b"mine")
+    events = EventLog(run.events)
+    for path in (run.output / "cat.safetensors", elsewhere / "cat.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+        events.emit(Saved(str(path), 4, 1, "final"))
+    wrote_state(run, "cat-state", 4)
+    run.samples.mkdir()
+    (run.samples / "0.png").write_bytes(b"x")
+    events.emit(Sample("samples/0.png", "cat", 0, 7, 0, 1.0))
+    (run.logs / "board").mkdir(parents=True)
+    (run.output / "cat-resized.safetensors").write_bytes(b"made by a tool")
+    (run.folder / "notes.txt").write_text("mine")
+    found = history.delete(run)
+    assert {path.name for path in found.stays} == {"cat-resized.safetensors", "notes.txt"}
+    left = {path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*")}
+    assert left == {"output", "output/cat-resized.safetensors", "notes.txt"}
+    assert (elsewhere / "cat.safetensors").read_bytes() == b"x"
+
+
+def test_deleting_follows_no_links_and_no_forged_event(run, tmp_path):
+    outside = tmp_path / "precious"
+    outside.mkdir()
+    (outside / "file").write_text("kept")
+    run.logs.symlink_to(outside)
+    run.output.symlink_to(outside)
+    lines = [{"type": "saved", "time": 1, "path": str(outside / "file"), "step": 1, "epoch": 1, "what": "final"}]
+    lines += [
+        {"type": "sample", "time": 1, "path": "../../precious/file", "prompt": "", "index": 0, "seed": 1, "step": 1}
+    ]
+    run.events.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    history.delete(run)
+    assert (outside / "file").read_text() == "kept"
+    assert not run.logs.is_symlink() and run.output.is_symlink()  # a link in the place of output/ is not the trainer's
+
+
+def test_a_run_with_nothing_else_in_it_is_gone_whole(run):
+    run.log.write_text("x")
+    history.delete(run)
+    assert not run.folder.exists()
