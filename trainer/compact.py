@@ -6,7 +6,9 @@ kept from one to the other: what is saved would else be lost again.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -130,3 +132,11 @@ def compact(layers: Iterable[torch.nn.Module], kind: str, device: torch.device) 
             del layer.weight
             layer.packed = KINDS[kind](weight)
             layer.__class__ = CLASSES[type(layer)]
+            del weight
+            give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Return what was freed to the system: glibc keeps it, so that a packed model would take more than a whole one."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainer import metadata, models, networks, optim, state, trackers
-from trainer.compact import compact
+from trainer.compact import compact, give_back_memory
 from trainer.data import cache, folders, texts
 from trainer.data.buckets import Buckets
 from trainer.data.feed import Feed
@@ -173,6 +173,7 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
             emit(Warned(f"The images or captions are not those of step {resumed.step}: {'; '.join(others)}."))
         resumed.restore(network, optimizer, scheduler, accelerator.scaler)
     repeats = [picture.repeats for picture in dataset.pictures]
+    give_back_memory()
     return Session(
         config=config,
         run=run,
