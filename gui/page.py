@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -136,7 +137,26 @@ class Desk:
         """The image folders that the form names: how often what is seen, and where each image is cut."""
         from gui.dataset import dataset
 
-        return dataset(form.read(ask["entries"]))
+        return {**dataset(form.read(ask["entries"])), "undo": self.captioning.undoable()}
+
+    @cached_property
+    def captioning(self) -> Any:
+        from gui.captions import Captions
+
+        return Captions(self.roots, self.runs.folder / "captions")
+
+    def captions(self, ask: Ask) -> Answer:
+        """Edit captions, or with "undo" take the last edit back; `refused` says why nothing was changed."""
+        from gui.captions import RefusedError
+
+        try:
+            if ask["how"] == "undo":
+                return dict(self.captioning.undo())
+            return dict(self.captioning.edit(form.read(ask["entries"]), ask))
+        except RefusedError as error:
+            return {"refused": str(error)}
+        except OSError as error:
+            return {"refused": f'"{error.filename}" cannot be written: {error.strerror}.'}
 
     def thumbnails(self, ask: Ask) -> Answer:
         """Small pictures of images in the folders that the form names, by path."""
@@ -308,6 +328,7 @@ class Desk:
             "outlook": self.outlook,
             "dataset": self.dataset,
             "thumbnails": self.thumbnails,
+            "captions": self.captions,
             "start": self.start,
             "enqueue": self.enqueue,
             "turn": self.turn,
@@ -390,7 +411,10 @@ def theme() -> gr.themes.Base:
 
 def style() -> str:
     """The style sheet, for the page's head: Gradio rewrites what is given as css."""
-    return f"<style>\n{_text('page.css')}\n{_text('tools.css')}\n</style>"
+    whole = re.sub(r"/\*.*?\*/", "", _text("page.css") + _text("tools.css"), flags=re.DOTALL)
+    # Blanks before a colon or a bracket mean something in a selector; these mean nothing.
+    dense = re.sub(r" ?([{};]) ?|(?<=[:,]) ", r"\1", whole)
+    return f"<style>{dense}</style>"
 
 
 def _text(name: str) -> str:

@@ -14,7 +14,7 @@ async function begin(server) {
   const bar = new Bar(form, banner, server, live);
   new Finder(form);
   new Outlook(form, server);
-  new DatasetTab(form, server, banner);
+  new DatasetTab(form, server, bar);
   new RunList(server, live, bar);
   new Json(server, form, bar);
   new Tools(server, form, bar);

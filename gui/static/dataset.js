@@ -1,16 +1,21 @@
 // The images as the trainer takes them: how many steps they make, their buckets, crops and captions.
 
 class DatasetTab {
-  constructor(form, server, banner) {
-    Object.assign(this, { form, server, banner, thumbnails: new Map(), wanted: new Set() });
+  constructor(form, server, bar) {
+    Object.assign(this, { form, server, bar, banner: bar.banner, thumbnails: new Map(), wanted: new Set() });
     form.whenChanged.push(() => this.later());
-    setInterval(() => { if (byId("lw-dataset")?.offsetParent && this.shown !== this.form.entries) this.later(); }, 400);
+    setInterval(() => { if (byId("lw-dataset")?.offsetParent && (this.shown !== this.form.entries || (this.stale && !this.typing()))) this.later(); }, 400);
   }
+
+  typing() { return document.activeElement?.classList.contains("lw-caption"); }
 
   attach() {
     byId("lw-dataset").dataset.ready = "1";
     byId("lw-dataset-pick").addEventListener("click", () => browse(this.form, this.form.parameters.get("train_data_dir"), this.server));
     byId("lw-dataset-find").addEventListener("input", () => this.filter());
+    byId("lw-captions-how").addEventListener("change", () => this.fit());
+    byId("lw-captions").addEventListener("submit", (event) => { event.preventDefault(); this.bar.order(() => this.changeAll()); });
+    byId("lw-captions-undo").addEventListener("click", () => this.bar.order(() => this.undo()));
     this.seen = new IntersectionObserver((entries) => {
       for (const entry of entries) if (entry.isIntersecting) { this.wanted.add(entry.target); this.seen.unobserve(entry.target); }
       this.fetch();
@@ -30,8 +35,12 @@ class DatasetTab {
       this.shown = entries;
       // Most changes to the form leave the images as they are.
       const key = JSON.stringify(answer);
-      if (key !== this.key) this.show(answer, entries);
-      this.key = key;
+      // Who is typing a caption is not interrupted; the next look shows what changed.
+      this.stale = key !== this.key && this.typing();
+      if (!this.stale) {
+        if (key !== this.key) this.show(answer, entries);
+        this.key = key;
+      }
     } catch (error) {
       byId("lw-dataset-sum").textContent = `${error.message} Trying again …`;
       await new Promise((resolve) => { setTimeout(resolve, 3000); });
@@ -59,6 +68,8 @@ class DatasetTab {
     byId("lw-tags").replaceChildren(...tags.map(([tag, count]) => make("button", { class: "lw-chip", type: "button", "data-tag": tag,
       "aria-pressed": String(tag === this.tag), onclick: () => this.choose(tag) }, tag, " ", make("span", {}, String(count)))),
       tags.length ? "" : make("span", { class: "lw-facts" }, "No captions."));
+    byId("lw-captions-undo").hidden = !found.undo;
+    byId("lw-captions-undo").textContent = `Undo: ${found.undo}`;
     this.seen.disconnect();
     this.wanted.clear();
     this.more = found.more;
@@ -72,7 +83,10 @@ class DatasetTab {
       make("div", { class: "lw-crop", style: `left:${100 * left}%;top:${100 * top}%;width:${100 * wide}%;height:${100 * high}%` }));
     const cut = image.crop ? `${image.size[0]}×${image.size[1]} → ${image.bucket[0]}×${image.bucket[1]}` : `${image.size[0]}×${image.size[1]}, fits no bucket`;
     const card = make("figure", { class: "lw-card" }, frame, make("figcaption", {},
-      make("p", { class: image.captioned ? "" : "lw-borrowed", title: image.captioned ? "" : "From the folder's name: there is no caption file" }, image.caption || "no caption"),
+      make("textarea", { class: `lw-caption ${image.captioned ? "" : "lw-borrowed"}`, rows: 3, value: image.caption || "", placeholder: "no caption",
+        title: image.captioned ? "" : "From the folder's name: there is no caption file", "aria-label": `Caption of ${image.folder}/${image.name}`,
+        onkeydown: (event) => { if (event.key === "Enter") { event.preventDefault(); event.target.blur(); } },
+        onchange: (event) => this.write(image, event.target) }),
       make("p", { class: "lw-facts" }, `${image.folder}/${image.name} · ${cut}`)));
     Object.assign(card, { image, frame });
     const known = this.thumbnails.get(image.path);
@@ -106,6 +120,49 @@ class DatasetTab {
     } finally {
       this.fetching = false;
     }
+  }
+
+  fit() {
+    const how = byId("lw-captions-how").value;
+    byId("lw-captions-by").hidden = how !== "replace";
+    byId("lw-captions-end").hidden = how !== "add";
+    byId("lw-captions-text").placeholder = how === "replace" ? "text" : "tag";
+  }
+
+  // Keep what was typed below one picture; the card stays where it is.
+  async write(image, box) {
+    const before = image.caption;
+    try {
+      const { refused } = await this.server.captions({ how: "write", entries: this.shown, path: image.path, text: box.value, sure: true });
+      if (refused) { box.value = before || ""; this.banner.show("error", "The caption is as it was.", [{ severity: "error", message: refused }]); return; }
+    } catch (error) {
+      this.banner.show("error", `The caption was not kept. ${error.message}`);
+      return;
+    }
+    this.later();
+  }
+
+  async changeAll() {
+    const how = byId("lw-captions-how").value, text = byId("lw-captions-text").value;
+    const order = { how, entries: this.shown, text, find: text, by: byId("lw-captions-by").value, end: byId("lw-captions-end").firstElementChild.checked };
+    let answer = await this.server.captions(order);
+    if (answer.count) {
+      const list = make("div", { class: "lw-stack lw-names" }, ...answer.examples.map(([name, before, after]) => make("p", {}, make("b", {}, name), ` ${before || "(none)"} → ${after || "(none)"}`)),
+        make("p", { class: "lw-facts" }, "Regularisation images are left alone. A backup is made first."));
+      if ((await ask(`Change ${counted(answer.count, "caption")}?`, list, [["", "Leave them"], ["change", "Change", "lw-primary"]])) !== "change") return;
+      answer = await this.server.captions({ ...order, sure: true });
+    }
+    if (answer.refused) this.banner.show("error", "No caption was changed.", [{ severity: "error", message: answer.refused }]);
+    else this.banner.show("good", answer.count ? `${counted(answer.count, "caption")} changed.` : "No caption has that.");
+    this.later();
+  }
+
+  async undo() {
+    const { refused, count, left } = await this.server.captions({ how: "undo" });
+    if (refused) this.banner.show("error", "Nothing was taken back.", [{ severity: "error", message: refused }]);
+    else this.banner.show(left.length ? "warning" : "good", `${counted(count, "caption")} as before.`,
+      left.length ? [{ severity: "warning", message: `Changed since by someone else, and left alone: ${left.join(", ")}` }] : []);
+    this.later();
   }
 
   choose(tag) {

@@ -335,7 +335,7 @@ def test_what_will_be_trained_follows_the_form_and_the_dataset_shows_each_image_
     page.wait_for_selector("#lw-dataset-sum >> text=20 steps")
     page.wait_for_selector("#lw-images img >> nth=1")
     assert page.locator(".lw-crop").nth(1).get_attribute("style") == "left: 25%; top: 0%; width: 50%; height: 100%;"
-    assert page.locator("#lw-images figcaption").nth(0).inner_text().startswith("cat, grey fur")
+    assert page.locator("#lw-images textarea").nth(0).input_value().startswith("cat, grey fur")
     page.get_by_role("button", name="dog 1").click()
     page.wait_for_selector("#lw-dataset-count >> text=1 of 2 images")
     assert page.locator("#lw-images figure >> visible=true").count() == 1

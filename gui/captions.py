@@ -1,0 +1,198 @@
+"""Editing caption files: one, or many at once, each time with a backup first that can be taken back.
+
+Images are only ever looked at. Of a caption file the first line is edited, which is what is trained
+with; whatever stands below it stays.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gui.files import Roots
+from trainer.check import settings
+from trainer.data import folders
+from trainer.data.folders import CAPTION_SUFFIXES, Picture
+from trainer.run import write_whole
+
+LONGEST = 10_000
+MOST_EXAMPLES = 5
+
+
+class RefusedError(Exception):
+    """An edit that is not made; the message says why."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One caption file, and its text before (None: there is no file) and after."""
+
+    file: Path
+    before: str | None
+    after: str
+
+
+class Captions:
+    """Edits of the captions in the folders that a form names, inside the roots; backups lie in `backups`."""
+
+    def __init__(self, roots: Roots, backups: Path) -> None:
+        self.roots = roots
+        self.backups = backups
+        self._lock = threading.Lock()
+
+    def edit(self, values: Mapping[str, Any], order: Mapping[str, Any]) -> dict[str, Any]:
+        """What an order would change, and with `sure` the change: how many files, and some before and after.
+
+        "write": the caption of the image `path` becomes `text`. For all training images: "replace" `find` by
+        `by`, "add" the tag `text` in front or at the `end`, "remove" the tag `text`. Raises RefusedError.
+        """
+        with self._lock:
+            edits = self._edits(values, order)
+            if order.get("sure") is True and edits:
+                what = f"{order['how']} in {len(edits)} caption file{'' if len(edits) == 1 else 's'}"
+                self._backup(what, edits)
+                for edit in edits:
+                    _write(edit.file, edit.after)
+        examples = [[e.file.name, _first(e.before or ""), _first(e.after)] for e in edits[:MOST_EXAMPLES]]
+        return {"count": len(edits), "examples": examples}
+
+    def undoable(self) -> str:
+        """What undo would take back, in words; "" for nothing."""
+        newest = self._newest()
+        return str(json.loads(newest.read_text(encoding="utf-8"))["what"]) if newest else ""
+
+    def undo(self) -> dict[str, Any]:
+        """Take the last edit back. Files that were changed since by others stay as they are, and are named."""
+        with self._lock:
+            newest = self._newest()
+            if newest is None:
+                raise RefusedError("There is nothing to take back.")
+            record = json.loads(newest.read_text(encoding="utf-8"))
+            left, count = [], 0
+            for name, before, after in record["files"]:
+                file = Path(name)
+                if not self._ours(file) or _read(file) != after:
+                    left.append(file.name)
+                elif before is None:
+                    file.unlink()
+                    count += 1
+                else:
+                    _write(file, before)
+                    count += 1
+            newest.rename(newest.with_suffix(".undone"))
+        return {"count": count, "left": left}
+
+    def _newest(self) -> Path | None:
+        return max(self.backups.glob("*.json"), default=None)
+
+    def _backup(self, what: str, edits: Sequence[Edit]) -> None:
+        self.backups.mkdir(parents=True, exist_ok=True)
+        record = {"what": what, "files": [[str(e.file), e.before, e.after] for e in edits]}
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns()}.json"
+        write_whole(self.backups / name, json.dumps(record, ensure_ascii=False).encode())
+
+    def _ours(self, file: Path) -> bool:
+        """Whether a file is one that may be written: a caption by its ending, no link, inside the roots."""
+        return file.suffix.lower() in CAPTION_SUFFIXES and not file.is_symlink() and self.roots.holds(file)
+
+    def _edits(self, values: Mapping[str, Any], order: Mapping[str, Any]) -> list[Edit]:
+        config, _ = settings(values)
+        suffix = folders.caption_suffix(config.captions)
+        if suffix.lower() not in CAPTION_SUFFIXES:
+            raise RefusedError(f'Captions are edited in files ending in {", ".join(CAPTION_SUFFIXES)}, not "{suffix}".')
+        pictures = folders.survey(config.folders, config.captions, decode=False).dataset.pictures
+        if order["how"] == "write":
+            chosen = [p for p in pictures if str(p.path) == order["path"]]
+            if not chosen:
+                raise RefusedError("This image is not in the folders of the form.")
+        else:
+            chosen = [p for p in pictures if not p.regularisation]
+        change = _change(order)
+        edits: dict[Path, Edit] = {}  # two images whose names differ in their ending share one
+        for picture in chosen:
+            file = _caption_file(picture.path, suffix)
+            if not self._ours(file):
+                raise RefusedError(f'"{file}" is outside the folders that this page may change, or a link.')
+            before = _read(file)
+            after = change(picture, before)
+            created = before is None and after is not None
+            if after is not None and (created or after != _first(before or "")):
+                edits[file] = Edit(file, before, _with_first(before or "", after))
+        return list(edits.values())
+
+
+def _change(order: Mapping[str, Any]) -> Callable[[Picture, str | None], str | None]:
+    """A picture and its file's text → its new caption; None leaves it alone."""
+    how, text = order["how"], " ".join(str(order.get("text") or "").split())
+    find, by = str(order.get("find") or ""), " ".join(str(order.get("by") or "").splitlines())
+    if max(len(text), len(find), len(by)) > LONGEST:
+        raise RefusedError(f"This is longer than {LONGEST} characters.")
+    if how == "write":
+        return lambda picture, before: text
+    if how == "replace" and find:
+        return lambda picture, before: None if before is None else _first(before).replace(find, by).strip()
+    if how == "remove" and text:
+        return lambda picture, before: (
+            None
+            if before is None or text not in _tags(before)
+            else _joined(tag for tag in _tags(before) if tag != text)
+        )
+    if how == "add" and text:
+
+        def add(picture: Picture, before: str | None) -> str | None:
+            # Where there is no file, the folder's name is the caption, and shall stay part of it.
+            tags = _tags(before if before is not None else picture.caption or "")
+            if text in tags:
+                return None
+            return _joined([*tags, text] if order.get("end") else [text, *tags])
+
+        return add
+    raise RefusedError("Enter what is to be found, or the tag.")
+
+
+def _tags(text: str) -> list[str]:
+    return [tag.strip() for tag in _first(text).split(",") if tag.strip()]
+
+
+def _joined(tags: Any) -> str:
+    return ", ".join(tags)
+
+
+def _first(text: str) -> str:
+    """The caption in a file's text, as the trainer reads it."""
+    lines = text.removeprefix("\ufeff").strip().splitlines()
+    return lines[0].strip() if lines else ""
+
+
+def _with_first(text: str, caption: str) -> str:
+    """A file's text with another caption; what stands below it stays."""
+    first, *below = text.removeprefix("\ufeff").lstrip().splitlines(keepends=True) or [""]
+    return caption + first[len(first.rstrip("\r\n")) :] + "".join(below)
+
+
+def _caption_file(image: Path, suffix: str) -> Path:
+    """The image's caption file, whatever the case of its name, or where it would be."""
+    file = image.with_name(image.stem + suffix)
+    if file.exists() or file.is_symlink():
+        return file
+    same = (other for other in image.parent.iterdir() if other.name.lower() == file.name.lower())
+    return next(same, file)
+
+
+def _read(file: Path) -> str | None:
+    """A caption file's text; None where there is none. Raises RefusedError when it cannot be read."""
+    try:
+        return file.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise RefusedError(f'"{file}" is not UTF-8 text. Save it as such first.') from error
+
+
+def _write(file: Path, text: str) -> None:
+    write_whole(file, text.encode("utf-8"))

@@ -1,0 +1,67 @@
+"""The Dataset tab's captions, edited by hand and all at once."""
+
+import pytest
+from PIL import Image
+
+from tests.browser.conftest import eventually, open_tab, set_text
+
+
+@pytest.fixture
+def cats(server):
+    folder = server.runs.parent / "files" / "pictures" / "10_cat"
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, caption in enumerate(("cat, grey fur", "cat, window", "cat, grey wall")):
+        Image.new("RGB", (96 + 32 * i, 96), (90, 120, 60 * i)).save(folder / f"{i}.png")
+        (folder / f"{i}.caption").write_text(caption)
+    return folder
+
+
+def texts(folder):
+    return [path.read_text() for path in sorted(folder.glob("*.caption"))]
+
+
+def test_captions_are_edited_one_by_one_and_all_at_once_and_taken_back(server, visit, cats):
+    page = visit(server)
+    open_tab(page, "Folders")
+    set_text(page, "train_data_dir", str(cats.parent))
+    open_tab(page, "Dataset")
+    box = page.get_by_label("Caption of 10_cat/0.png")
+    assert box.input_value() == "cat, grey fur"
+    box.fill("cat, red fur")
+    box.press("Enter")
+    eventually(lambda: texts(cats)[0] == "cat, red fur")
+    page.wait_for_selector("#lw-tags >> text=red fur")
+
+    page.get_by_label("What to do in all captions").select_option("replace")
+    page.get_by_label("Text or tag").fill("cat")
+    page.get_by_label("Replace it by").fill("zwx cat")
+    page.get_by_role("button", name="Change…").click()
+    assert "cat, red fur → zwx cat, red fur" in page.locator("dialog").inner_text()
+    assert texts(cats)[0] == "cat, red fur"
+    page.locator("dialog").get_by_role("button", name="Change", exact=True).click()
+    eventually(lambda: texts(cats) == ["zwx cat, red fur", "zwx cat, window", "zwx cat, grey wall"])
+    page.wait_for_function(
+        "() => document.querySelector('[aria-label=\"Caption of 10_cat/1.png\"]').value === 'zwx cat, window'"
+    )
+    page.get_by_role("button", name="Undo: replace in 3 caption files").click()
+    eventually(lambda: texts(cats) == ["cat, red fur", "cat, window", "cat, grey wall"])
+    page.get_by_role("button", name="Undo: write in 1 caption file").click()
+    eventually(lambda: texts(cats)[0] == "cat, grey fur")
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_caption_that_may_not_be_written_goes_back_and_says_why(server, visit, cats, tmp_path):
+    folder = tmp_path / "1_dog"
+    folder.mkdir()
+    Image.new("RGB", (96, 96)).save(folder / "d.png")
+    (folder / "d.caption").write_text("dog")
+    page = visit(server)
+    open_tab(page, "Folders")
+    set_text(page, "train_data_dir", str(tmp_path))
+    open_tab(page, "Dataset")
+    box = page.get_by_label("Caption of 1_dog/d.png")
+    box.fill("wolf")
+    box.press("Enter")
+    page.wait_for_selector("#lw-banner >> text=outside the folders")
+    assert box.input_value() == "dog" and (folder / "d.caption").read_text() == "dog"
