@@ -82,8 +82,6 @@ class StableDiffusion:
             modules["vae"] = load_vae(resolve(vae), configs["vae"], vae_dtype, device)
         for module in modules.values():
             module.requires_grad_(False).eval()
-        for part in ("unet", "vae"):
-            modules[part].to(memory_format=torch.channels_last)
         configs["scheduler"]["prediction_type"] = prediction or found.prediction or "epsilon"
         schedule = Schedule.of(configs["scheduler"]).to(device)
         encoders = {encoder.key: modules[encoder.part] for encoder in family.encoders}
