@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -27,6 +28,8 @@ MOST_IMAGES = 2000
 MOST_TAGS = 300
 MOST_THUMBNAILS = 32
 THUMBNAIL = (240, 240)
+SMALL = 2
+"""An image whose sides are more than so many times shorter than the resolution is worth a warning."""
 
 
 def dataset(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def _placed(
         problems.append(problem_with("max_resolution", error))
         buckets = None
     suffix = folders.caption_suffix(config.captions)
-    images, places = [], []
+    images, places, small = [], [], []
     for picture in pictures:
         place, crop = (0, 0), None
         try:
@@ -81,6 +84,8 @@ def _placed(
                 placement = buckets.place(picture.size)
                 (wide, high), (left, top) = placement.resized, placement.crop
                 place = placement.bucket
+                if SMALL**2 * math.prod(picture.size) < math.prod(buckets.resolution):
+                    small.append(picture.path.name)
                 crop = [left / wide, top / high, place[0] / wide, place[1] / high]
         except DataError as error:
             problems.append(problem_with("train_data_dir", f'"{picture.path.name}": {error}'))
@@ -97,6 +102,10 @@ def _placed(
                 "captioned": picture.path.with_suffix(suffix).is_file(),
             }
         )
+    if small:
+        names = ", ".join(small[:5]) + (", …" if len(small) > 5 else "")
+        message = f"{len(small)} images are much smaller, and little can be learned from them ({names}). Replace them."
+        problems.append(problem_with("max_resolution", message, "warning"))
     return images, places
 
 

@@ -139,6 +139,12 @@ class Desk:
 
         return {**dataset(form.read(ask["entries"])), "undo": self.captioning.undoable()}
 
+    def inspect(self, ask: Ask) -> Answer:
+        """What a look at the images' pixels tells; asked again until all are done."""
+        from gui.inspection import inspect
+
+        return inspect(form.read(ask["entries"]))
+
     @cached_property
     def captioning(self) -> Any:
         from gui.captions import Captions
@@ -329,6 +335,7 @@ class Desk:
             "dataset": self.dataset,
             "thumbnails": self.thumbnails,
             "captions": self.captions,
+            "inspect": self.inspect,
             "start": self.start,
             "enqueue": self.enqueue,
             "turn": self.turn,

@@ -13,6 +13,7 @@ class DatasetTab {
     byId("lw-dataset").dataset.ready = "1";
     byId("lw-dataset-pick").addEventListener("click", () => browse(this.form, this.form.parameters.get("train_data_dir"), this.server));
     byId("lw-dataset-find").addEventListener("input", () => this.filter());
+    byId("lw-inspect").addEventListener("click", () => this.bar.order(() => this.inspect()));
     byId("lw-captions-how").addEventListener("change", () => this.fit());
     byId("lw-captions").addEventListener("submit", (event) => { event.preventDefault(); this.bar.order(() => this.changeAll()); });
     byId("lw-captions-undo").addEventListener("click", () => this.bar.order(() => this.undo()));
@@ -120,6 +121,17 @@ class DatasetTab {
     } finally {
       this.fetching = false;
     }
+  }
+
+  // Look at every image, some at a time.
+  async inspect() {
+    const list = byId("lw-inspected"), entries = this.form.entries;
+    let answer;
+    do {
+      answer = await this.server.inspect({ entries });
+      list.replaceChildren(make("li", {}, `Looked at ${answer.done} of ${counted(answer.total, "image")} …`));
+    } while (answer.done < answer.total);
+    list.replaceChildren(...(answer.problems.length ? answer.problems.map((p) => this.banner.line(p)) : [make("li", {}, `${counted(answer.total, "image")}: nothing wrong was seen.`)]));
   }
 
   fit() {

@@ -65,3 +65,17 @@ def test_a_caption_that_may_not_be_written_goes_back_and_says_why(server, visit,
     box.press("Enter")
     page.wait_for_selector("#lw-banner >> text=outside the folders")
     assert box.input_value() == "dog" and (folder / "d.caption").read_text() == "dog"
+
+
+def test_a_look_at_the_pixels_finds_the_copy(server, visit, tmp_path):
+    folder = tmp_path / "1_dog"
+    folder.mkdir()
+    Image.effect_mandelbrot((96, 96), (-2, -1.5, 1, 1.5), 20).save(folder / "a.png")
+    Image.open(folder / "a.png").resize((80, 80)).save(folder / "b.png")
+    page = visit(server)
+    open_tab(page, "Folders")
+    set_text(page, "train_data_dir", str(tmp_path))
+    open_tab(page, "Dataset")
+    page.get_by_label("Caption of 1_dog/b.png").wait_for()
+    page.get_by_role("button", name="Look for damage and duplicates").click()
+    page.wait_for_selector("#lw-inspected >> text=1_dog/a.png ~ 1_dog/b.png")

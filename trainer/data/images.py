@@ -71,6 +71,12 @@ def has_transparency(path: Path) -> bool:
         return bool(image.has_transparency_data)
 
 
+def turned(path: Path) -> bool:
+    """Whether an EXIF mark says that the image is to be looked at otherwise than it is stored. Raises DataError."""
+    with _opened(path) as image:
+        return _orientation(image) in _TURNED
+
+
 def _placed(image: Image.Image, turn: int, placement: Placement) -> Image.Image:
     """A decoded image made upright, scaled and cut to its bucket."""
     left, top = placement.crop

@@ -1,0 +1,105 @@
+"""What only a look at the pixels tells of a data set: damage, transparency, turned pictures, near-duplicates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.check import settings
+from trainer.data import folders, images
+from trainer.data.buckets import Placement
+from trainer.errors import DataError, Problem
+from trainer.schema import problem_with
+
+PATIENCE_S = 2.0
+SMALL = Placement((9, 8), (9, 8), (0, 0))
+MOST_BITS = 4
+"""Of 64: two pictures whose differences between neighbours (dHash) differ in no more are alike."""
+
+MOST_DIFFERENCE = 12.0
+"""Of 255, the mean over the small pictures: tells flat pictures of different colours apart."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one image showed; `small` is it at 9×8, uint8 RGB [8, 9, 3], None where it is damaged."""
+
+    damage: str
+    turned: bool
+    transparent: bool
+    small: np.ndarray | None
+
+
+def inspect(values: Mapping[str, Any], patience_s: float = PATIENCE_S) -> dict[str, Any]:
+    """Look at the images for a while: how many of how many are done, and when all are, what is wrong.
+
+    What was seen is remembered, so that asking again goes on where it stopped.
+    """
+    config, _ = settings(values)
+    pictures = folders.survey(config.folders, config.captions, decode=False).dataset.pictures
+    until = time.monotonic() + patience_s
+    looks: dict[str, Look] = {}
+    for picture in pictures:
+        if looks and time.monotonic() > until:
+            return {"done": len(looks), "total": len(pictures), "problems": []}
+        stat = picture.path.stat()
+        looks[f"{picture.folder}/{picture.path.name}"] = _look(picture.path, stat.st_mtime_ns, stat.st_size)
+    found = list(_problems(looks, config.objective.masked))
+    return {"done": len(looks), "total": len(pictures), "problems": [asdict(problem) for problem in found]}
+
+
+@lru_cache(20_000)
+def _look(path: Path, changed_ns: int, size: int) -> Look:
+    # The two numbers are there for the cache: a file that was changed is looked at anew.
+    try:
+        return Look("", images.turned(path), images.has_transparency(path), images.pixels(path, SMALL))
+    except DataError as error:
+        return Look(error.message.rstrip("."), False, False, None)
+
+
+def _problems(looks: Mapping[str, Look], masked: bool) -> list[Problem]:
+    found = []
+
+    def tell(names: Sequence[str], message: str, severity: str = "warning") -> None:
+        if names:
+            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            found.append(problem_with("train_data_dir", message.format(len(names), listed), severity))
+
+    damaged = [look.damage for look in looks.values() if look.damage]
+    tell(damaged, "{} images are damaged: {}. Replace or remove them.", "error")
+    tell(
+        [name for name, look in looks.items() if look.transparent and not masked],
+        "{} images have transparent parts, which become white: {}. Lay them on a background of your choice, or "
+        "leave those parts out of the loss with Masked loss (masked_loss).",
+    )
+    tell(
+        [name for name, look in looks.items() if look.turned],
+        "{} images lie on their side and are set upright by their EXIF mark: {}. If one looks wrong above, save it upright.",
+    )
+    tell(
+        [f"{one} ~ {other}" for one, other in alike(looks)],
+        "{} pairs of images are nearly the same: {}. Keep one of each, or it is learned as often as both.",
+    )
+    return found
+
+
+def alike(looks: Mapping[str, Look]) -> list[tuple[str, str]]:
+    """The pairs of names whose pictures are nearly the same, by dHash and by their colours at 9×8."""
+    names = [name for name, look in looks.items() if look.small is not None]
+    if len(names) < 2:
+        return []
+    small = np.stack([looks[name].small for name in names]).astype(np.float32)  # type: ignore[misc]  [N, 8, 9, 3]
+    grey = small.mean(-1)
+    bits = (grey[:, :, 1:] > grey[:, :, :-1]).reshape(len(names), 64)
+    flat = small.reshape(len(names), -1)
+    pairs = []
+    for i in range(len(names) - 1):
+        near = np.flatnonzero((bits[i + 1 :] != bits[i]).sum(1) <= MOST_BITS) + i + 1
+        pairs += [(names[i], names[j]) for j in near if np.abs(flat[i] - flat[j]).mean() <= MOST_DIFFERENCE]
+    return pairs
