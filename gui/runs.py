@@ -220,6 +220,10 @@ def kill(run: Run) -> None:
             member.kill()
         except psutil.NoSuchProcess:
             continue
+    if run.folder in _waiters:
+        # Whoever waits for a child takes its exit code away from all others, and it is to be written down.
+        _waiters[run.folder].join(timeout=10)
+        family.remove(process)
     psutil.wait_procs(family, timeout=10)
 
 
