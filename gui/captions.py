@@ -18,6 +18,7 @@ from gui.files import Roots
 from trainer.check import settings
 from trainer.data import folders
 from trainer.data.folders import CAPTION_SUFFIXES, Picture
+from trainer.paths import DEMO
 from trainer.run import write_whole
 
 LONGEST = 10_000
@@ -98,7 +99,9 @@ class Captions:
 
     def _ours(self, file: Path) -> bool:
         """Whether a file is one that may be written: a caption by its ending, no link, inside the roots."""
-        return file.suffix.lower() in CAPTION_SUFFIXES and not file.is_symlink() and self.roots.holds(file)
+        shipped = DEMO.resolve() in file.resolve().parents  # the pictures of first-steps are part of the program
+        allowed = file.suffix.lower() in CAPTION_SUFFIXES and not file.is_symlink() and self.roots.holds(file)
+        return allowed and not shipped
 
     def _edits(self, values: Mapping[str, Any], order: Mapping[str, Any]) -> list[Edit]:
         config, _ = settings(values)
@@ -117,7 +120,9 @@ class Captions:
         for picture in chosen:
             file = _caption_file(picture.path, suffix)
             if not self._ours(file):
-                raise RefusedError(f'"{file}" is outside the folders that this page may change, or a link.')
+                raise RefusedError(
+                    f'"{file}" is outside the folders that this page may change, part of this program, or a link.'
+                )
             before = _read(file)
             after = change(picture, before)
             created = before is None and after is not None

@@ -1,5 +1,7 @@
 """Editing captions: what changes, what never does, and the way back."""
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
@@ -135,3 +137,9 @@ def test_a_file_that_is_no_text_stops_the_edit_before_anything_is_written(captio
     with pytest.raises(RefusedError, match="UTF-8"):
         captions.edit(values, {"how": "add", "text": "x", "sure": True})
     assert contents(folder) == before
+
+
+def test_the_pictures_that_come_along_keep_their_captions(captions, tmp_path):
+    everywhere = Captions(Roots([Path("/")]), tmp_path / "backups")
+    with pytest.raises(RefusedError, match="part of this program"):
+        everywhere.edit({"train_data_dir": "embedded:images"}, {"how": "add", "text": "x"})
