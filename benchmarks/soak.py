@@ -223,7 +223,7 @@ def soak(work: Path, asked: argparse.Namespace) -> None:
                 raise Broken(f"{run.folder} ended with exit code {process.exitcode}")
         elif any(e["type"] == "started" for e in past) and (old := left_over(work, output, process.pid)):
             raise Broken(f"{run.folder}: the start left {[str(path) for path in old]}")
-        if finished:
+        if finished or (output / "linocut-state").is_dir():  # with it, nothing is left to train
             if tensors(output / "linocut.safetensors") != reference:
                 raise Broken(f"{run.folder} ended with another LoRA than the training without kills")
             ended += 1

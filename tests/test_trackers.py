@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,6 +217,47 @@ def test_a_tracker_that_fails_is_reported_once_and_the_others_go_on():
     both.close()
     assert counting.calls == [("log", 1), ("log", 2), ("show", 2), ("close", 0)]
     assert events == [Warned("Broken does not work: refused for …", "Training goes on without it.")]
+
+
+class Hanging(Counting):
+    def __init__(self):
+        super().__init__()
+        self.answer = threading.Event()
+
+    def log(self, values, step):
+        self.answer.wait(20)
+
+
+def test_a_tracker_that_hangs_holds_up_nothing_and_is_reported_once(monkeypatch):
+    monkeypatch.setattr(trackers, "HANGS_AFTER_S", 0.2)
+    events, hanging, counting = [], Hanging(), Counting()
+    both = trackers.Trackers(events.append)
+    both.start("Hanging", lambda: hanging)
+    both.start("Counting", lambda: counting)
+    began = time.monotonic()
+    for step in range(1, 4):
+        both.log({"loss/current": 1.0}, step)
+    assert time.monotonic() - began < 0.1
+    time.sleep(0.3)
+    both.log({"loss/current": 1.0}, 4)
+    both.close()
+    assert time.monotonic() - began < 5
+    hanging.answer.set()
+    assert counting.calls == [("log", 1), ("log", 2), ("log", 3), ("log", 4), ("close", 0)]
+    assert events == [Warned("Hanging does not work: it did not answer for 0.2 s", "Training goes on without it.")]
+
+
+def test_a_tracker_that_hangs_at_its_start_or_end_is_left_to_itself(monkeypatch):
+    monkeypatch.setattr(trackers, "HANGS_AFTER_S", 0.2)
+    events, answer = [], threading.Event()
+    some = trackers.Trackers(events.append)
+    assert not some.start("Starting", lambda: answer.wait(20))
+    ending = Counting()
+    ending.close = lambda: answer.wait(20)
+    assert some.start("Ending", lambda: ending)
+    some.close()
+    answer.set()
+    assert [e.message.split()[0] for e in events] == ["Starting", "Ending"]
 
 
 def test_a_tracker_that_cannot_start_is_reported():

@@ -19,6 +19,7 @@ from trainer.errors import Stopped, TrainingError
 from trainer.events import Ended, Phase, Saved, Step, Warned
 from trainer.forecast import Forecast
 from trainer.lora.verifying import Expected, verify
+from trainer.paths import shown
 from trainer.pictures import draw_comparison, draw_samples
 from trainer.prepare import Session, memory_bytes
 from trainer.randomness import generator_at, set_torch_to
@@ -56,20 +57,22 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
         files, pictures = files_due(s, step, asked), samples_due(s, step, asked)
         if files or pictures:
             report.flush()
-            if state_due(s, step, asked):
-                for due in files:
-                    with forecast.pause("files", step):
-                        save_state(s, step, due)
             with optim.averaged(s.optimizer):
                 for due in files:
                     with forecast.pause("files", step):
                         path = save(s, step, due)
-                if pictures:
-                    with (
-                        forecast.pause("pictures", step),
-                        suppress(Stopped),
-                    ):  # asked for while drawing; the next step finds it again
-                        draw_samples(s, step)
+            # Behind the files, so that a training that goes on from a state has made all that was due until then.
+            if state_due(s, step, asked):
+                for due in files:
+                    with forecast.pause("files", step):
+                        save_state(s, step, due)
+            if pictures:
+                with (
+                    optim.averaged(s.optimizer),
+                    forecast.pause("pictures", step),
+                    suppress(Stopped),
+                ):  # asked for while drawing; the next step finds it again
+                    draw_samples(s, step)
             report.resume()
         if "stop" in asked:
             break
@@ -130,7 +133,10 @@ def divides(every: int, number: int) -> bool:
 
 
 def take_step(s: Session, step: int, batches: Iterator[Batch]) -> tuple[torch.Tensor, dict[str, float]]:
-    """One optimizer step over `accumulation` batches. Returns its mean loss and the rates it used."""
+    """One optimizer step over `accumulation` batches. Returns its mean loss and the rates it used.
+
+    The loss is not a number where the gradient is none either. Such a step is left out where the settings say so.
+    """
     if stops_text_encoder(s, step):
         for parameter in s.network.parameters_of("text_encoder"):
             parameter.requires_grad_(False)
@@ -144,9 +150,15 @@ def take_step(s: Session, step: int, batches: Iterator[Batch]) -> tuple[torch.Te
         s.accelerator.backward(loss)
         total += loss.detach()
     if s.config.optim.max_grad_norm:
-        s.accelerator.clip_grad_norm_(s.network.parameters(), s.config.optim.max_grad_norm)
+        norm = s.accelerator.clip_grad_norm_(s.network.parameters(), s.config.optim.max_grad_norm)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in s.network.parameters() if p.grad is not None])
+    scaled = s.accelerator.scaler is not None  # leaves out the steps whose gradients overflowed by itself
+    if not scaled:
+        total = torch.where(torch.isfinite(norm), total, math.nan)
     rates = optim.rates(s.optimizer, s.scheduler)
-    s.optimizer.step()
+    if scaled or not s.config.optim.most_skipped or torch.isfinite(total):
+        s.optimizer.step()
     s.scheduler.step()
     s.optimizer.zero_grad(set_to_none=True)
     if s.config.network.max_norm:
@@ -246,6 +258,7 @@ class Reporter:
         self._waiting: list[tuple[int, torch.Tensor, dict[str, float]]] = []
         self._flushed = self._since = time.monotonic()
         self._steps = 0
+        self._skipped = 0
 
     def add(self, step: int, loss: torch.Tensor, rates: dict[str, float]) -> None:
         """Take a step's result. Its event is written at most half a second after the step that follows."""
@@ -275,11 +288,8 @@ class Reporter:
 
     def _write(self, step: int, loss: float, rates: dict[str, float], speed: float, memory: int) -> None:
         if not math.isfinite(loss):
-            raise TrainingError(
-                "not_a_number",
-                f"The loss of step {step} is {loss}, so the weights are ruined from there on.",
-                "Lower the learning rate, or set Mixed precision to bf16 or no; then start from the last good file.",
-            )
+            return self._skip(step)
+        self._skipped = 0
         self._seen += 1
         self._average += (loss - self._average) / min(self._seen, 200, max(10, self._seen / 10))
         length, epoch = self.s.length, self.s.length.epoch_of(step)
@@ -300,3 +310,20 @@ class Reporter:
         self.s.emit(event)
         self.s.trackers.log({"loss/current": loss} | {f"lr/{name}": rate for name, rate in rates.items()}, step=step)
         log.info("step %d/%d  epoch %d  loss %.4f  %.2f steps/s", step, length.total_steps, epoch, loss, speed)
+
+    def _skip(self, step: int) -> None:
+        """Tell of a step that was left out. Raises TrainingError when it was not, or was one too many."""
+        s = self.s
+        names = dict.fromkeys(shown(path) for n in s.length.batches_of(step) for path in s.feed.files(n))
+        what = f"The loss or the gradient of step {step} is not a number; its images: {', '.join(names)}."
+        self._skipped += 1
+        if self._skipped <= s.config.optim.most_skipped:
+            s.emit(Warned(f"{what} It is left out.", "Look at these images; lower the learning rate if it comes back."))
+            return
+        raise TrainingError(
+            "not_a_number",
+            what + (f" {self._skipped} such steps in a row are too many." if self._skipped > 1 else ""),
+            "Nothing of it was saved. Lower the learning rate, or set Mixed precision (mixed_precision) to bf16 or no, and "
+            "go on from the last state or file. A single odd image: remove it, or raise Max skipped steps "
+            "(max_skipped_steps).",
+        )

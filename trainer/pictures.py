@@ -16,6 +16,7 @@ from trainer.randomness import seed_for
 from trainer.trackers import Shown
 
 log = logging.getLogger(__name__)
+BLACK = "Where the first one is: Mixed precision (mixed_precision) or VAE. Where it came later: a lower learning rate."
 
 
 def draw_samples(s: Session, step: int) -> None:
@@ -65,10 +66,17 @@ def _draw(s: Session, step: int, index: int, prompt: Prompt, strength: float = 1
         log.exception("sample %d failed", index + 1)
         s.emit(Warned(f"Sample prompt {index + 1} could not be drawn: {error}", "Training goes on."))
         return None
+    if is_black(image):
+        s.emit(Warned(f"The picture of sample prompt {index + 1} at step {step} is black.", BLACK))
     path = _path(s, step, index, strength)
     sampling.save_png(image, path, _parameters(prompt, s.config.samples.sampler, size, seed))
     s.emit(Sample(path.relative_to(s.run.folder).as_posix(), prompt.prompt, index, seed, step, strength))
     return image
+
+
+def is_black(image: Image.Image) -> bool:
+    """Whether no channel of any pixel is above 2 of 255."""
+    return all(brightest <= 2 for _, brightest in image.getextrema())
 
 
 def _path(s: Session, step: int, index: int, strength: float) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -95,7 +96,10 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
         except BaseException as error:
             failed = explain(error)
             log.critical("%s %s", failed.message, failed.hint, exc_info=not isinstance(error, LorawrightError))
-            events.emit(failed)
+            try:
+                events.emit(failed)
+            except OSError as full:  # the page then tells of the log's last line and the exit code
+                print(f"This could not be written to {run.events}: {full}", file=sys.stderr)
             return EXIT_FAILED
 
 
@@ -159,6 +163,9 @@ def explain(error: BaseException) -> Failed:
         )
     if isinstance(error, KeyboardInterrupt):
         return Failed("interrupted", "Training was interrupted twice and ended without saving.", "Start it again.")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f' for "{error.filename}"' if error.filename else ""
+        return Failed("disk_full", f"There is no room on the disk{where}.", "Free some space and start again.")
     if isinstance(error, OSError) and error.filename:
         return Failed(
             "file", f'"{error.filename}": {error.strerror}.', "Check the path, its permissions and the free space."

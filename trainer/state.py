@@ -11,6 +11,7 @@ header needs no torch to be read.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -240,6 +241,7 @@ def write(
     A state that has the name already is replaced. A folder that is none is left alone, and the
     state gets a number behind its name.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     target = folder
@@ -254,7 +256,12 @@ def write(
     try:
         tensors: dict[str, torch.Tensor] = {}
         packed = {name: _packed(part, tensors) for name, part in parts.items()}
-        save_file(tensors, fresh / TENSORS)
+        try:
+            save_file(tensors, fresh / TENSORS)
+        except SafetensorError as error:
+            if f"os error {errno.ENOSPC}" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(fresh / TENSORS)) from error
         with (fresh / TENSORS).open("rb") as file:
             digest = _digest(file)
             os.fsync(file.fileno())

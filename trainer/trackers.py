@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +27,7 @@ from trainer.schema import PARAMETERS, Config
 log = logging.getLogger(__name__)
 PROJECT = "lorawright"
 WANDB_TIMEOUT_S = 30
+HANGS_AFTER_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -114,21 +118,73 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+class _Caller:
+    """A tracker in a thread of its own, which makes its calls in order, so that one that hangs holds up nothing."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.error: Exception | None = None
+        self._tracker: Tracker | None = None
+        self._calls: SimpleQueue[tuple[Callable[[], None], threading.Event]] = SimpleQueue()
+        self._since: float | None = None
+        # As a daemon it does not keep the process from its end.
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def make(self, make: Callable[[], Tracker]) -> None:
+        def made() -> None:
+            self._tracker = make()
+
+        self._call(made).wait(HANGS_AFTER_S)
+
+    def call(self, act: Callable[[Tracker], None], *, wait: bool = False) -> None:
+        def acted() -> None:
+            assert self._tracker is not None
+            act(self._tracker)
+
+        done = self._call(acted)
+        if wait:
+            done.wait(HANGS_AFTER_S)
+
+    def _call(self, act: Callable[[], None]) -> threading.Event:
+        done = threading.Event()
+        self._calls.put((act, done))
+        return done
+
+    def trouble(self) -> Exception | None:
+        """Why it is of no use any more, if it is not."""
+        if self.error is None and self._since is not None and time.monotonic() - self._since >= HANGS_AFTER_S:
+            return TimeoutError(f"it did not answer for {HANGS_AFTER_S:g} s")
+        return self.error
+
+    def _work(self) -> None:
+        while True:
+            act, done = self._calls.get()
+            if self.error is None:
+                self._since = time.monotonic()
+                try:
+                    act()
+                except Exception as error:  # whatever a tracker does, training is not its business
+                    self.error = error
+                self._since = None
+            done.set()
+
+
 class Trackers:
     """Those that were asked for and work."""
 
     def __init__(self, emit: Callable[[Event], None], secret: str = "") -> None:
         self._emit, self._secret = emit, secret
-        self._working: list[Tracker] = []
+        self._working: list[_Caller] = []
 
     def start(self, name: str, make: Callable[[], Tracker]) -> bool:
         """Take a tracker in. Returns whether it works."""
-        try:
-            self._working.append(make())
-            return True
-        except Exception as error:  # whatever a tracker does, training is not its business
-            self._report(name, error)
+        caller = _Caller(name)
+        caller.make(make)
+        if trouble := caller.trouble():
+            self._report(name, trouble)
             return False
+        self._working.append(caller)
+        return True
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Write numbers under their names."""
@@ -139,17 +195,17 @@ class Trackers:
         self._each(lambda tracker: tracker.show(pictures, step))
 
     def close(self) -> None:
-        """Finish the files and uploads."""
-        self._each(lambda tracker: tracker.close())
+        """Finish the files and uploads; one that takes too long is left to itself."""
+        self._each(lambda tracker: tracker.close(), wait=True)
         self._working.clear()
 
-    def _each(self, act: Callable[[Tracker], None]) -> None:
-        for tracker in list(self._working):
-            try:
-                act(tracker)
-            except Exception as error:  # as above
-                self._working.remove(tracker)
-                self._report(tracker.name, error)
+    def _each(self, act: Callable[[Tracker], None], *, wait: bool = False) -> None:
+        for caller in list(self._working):
+            if not caller.trouble():
+                caller.call(act, wait=wait)
+            if trouble := caller.trouble():
+                self._working.remove(caller)
+                self._report(caller.name, trouble)
 
     def _report(self, name: str, error: Exception) -> None:
         text = (str(error).splitlines() or [type(error).__name__])[0]

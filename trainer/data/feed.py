@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from trainer.data.buckets import Placement
 from trainer.data.cache import Latents, to_tensor
 from trainer.data.folders import Picture
 from trainer.data.images import opacity, pixels, with_hue
+from trainer.errors import LorawrightError
 from trainer.randomness import generator_at
 from trainer.schema import Config
 
@@ -88,6 +90,11 @@ class Feed(Dataset[Batch]):
 
     def _order_of(self, epoch: int) -> list[Indices]:
         return epoch_batches(self._buckets(), self._repeats(), self.config.training.batch_size, self.seed, epoch)
+
+    def files(self, number: int) -> list[Path]:
+        """The images of a batch."""
+        epoch, place = divmod(number, self.per_epoch)
+        return [self.pictures[item].path for item in self._order(epoch)[place]]
 
     def __getitem__(self, number: int) -> Batch:
         epoch, place = divmod(number, self.per_epoch)
@@ -168,7 +175,10 @@ class Feed(Dataset[Batch]):
         workers = self.workers()
         if workers:
             for span in self._spans(numbers):
-                yield from DataLoader(self, batch_size=None, sampler=span, num_workers=workers)
+                for answer in DataLoader(_Answers(self), batch_size=None, sampler=span, num_workers=workers):
+                    if isinstance(answer, LorawrightError):
+                        raise answer
+                    yield answer
             return
         with ThreadPoolExecutor(1) as pool:
             waiting = None
@@ -179,3 +189,16 @@ class Feed(Dataset[Batch]):
                 waiting = coming
             if waiting is not None:
                 yield waiting.result()
+
+
+class _Answers(Dataset["Batch | LorawrightError"]):
+    """A feed for worker processes: torch would bring an error home as one text with a traceback in it."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+
+    def __getitem__(self, number: int) -> Batch | LorawrightError:
+        try:
+            return self.feed[number]
+        except LorawrightError as error:
+            return error

@@ -93,6 +93,17 @@ class Optim(Group):
         LoRA. 0: off.""",
         ge=0,
     )
+    most_skipped: int = parameter(
+        "max_skipped_steps",
+        0,
+        "Max skipped steps",
+        Section.LEARNING,
+        """A step whose loss or gradient is not a number ends the training, before it can ruin the LoRA; the log names
+        its images. Here: how many such steps in a row are left out instead, each with a warning. They mostly come from
+        a learning rate that is too high, and then they do not stop coming; for a single odd image, 5 or so. On a GPU
+        it costs a wait in each step. 0: none.""",
+        ge=0,
+    )
     learning_rate: float = parameter(
         "learning_rate",
         1e-4,

@@ -1,0 +1,171 @@
+"""What goes wrong in the middle of a training ends in an event that says so, and what was saved stays. docs/faults.md
+lists all of it."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import subprocess
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.test_training import of_type
+from trainer import loop, pictures, sampling
+from trainer.run import EXIT_DONE, EXIT_FAILED
+from trainer.start import explain
+
+
+@pytest.fixture
+def ruin(monkeypatch):
+    """Make what `batch_loss` gives for some of its calls, counted from 1, not a number."""
+
+    def of(calls, loss=lambda loss: loss * float("nan")):
+        real, count = loop.batch_loss, [0]
+
+        def batch_loss(s, batch):
+            count[0] += 1
+            return loss(real(s, batch)) if count[0] in calls else real(s, batch)
+
+        monkeypatch.setattr(loop, "batch_loss", batch_loss)
+
+    return of
+
+
+class OnlyTheGradientIsNone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("inf")
+
+
+@pytest.mark.parametrize("loss", [lambda loss: loss * float("nan"), OnlyTheGradientIsNone.apply])
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_step_that_is_not_a_number_ends_the_run_and_names_its_images(settings, train, tmp_path, ruin, loss, limit):
+    ruin({2}, loss)
+    code, events, _ = train(settings | {"max_grad_norm": limit, "save_every_n_steps": 1})
+    assert code == EXIT_FAILED
+    failed = of_type(events, "failed")[-1]
+    assert failed["kind"] == "not_a_number"
+    assert "step 2 " in failed["message"]
+    assert sum(failed["message"].count(name) for name in ("astronaut.png", "chelsea.png", "rocket.png")) == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["photo-step00000001.safetensors"]
+    assert not of_type(events, "ended")
+
+
+@pytest.mark.proves("max_skipped_steps")
+def test_such_steps_are_left_out_as_many_in_a_row_as_allowed(settings, train, tmp_path, ruin):
+    ruin({2, 3, 5})
+    code, events, _ = train(settings | {"max_skipped_steps": 2})
+    assert code == EXIT_DONE
+    told = [e["message"] for e in of_type(events, "warning") if "is left out" in e["message"]]
+    assert [message.split("of step ")[1][0] for message in told] == ["2", "3", "5"]
+    assert [e["step"] for e in of_type(events, "step")] == [1, 4, 6]
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "out" / "photo.safetensors").values())
+
+
+@pytest.mark.proves("max_skipped_steps")
+def test_one_more_in_a_row_than_allowed_ends_the_run(settings, train, tmp_path, ruin):
+    ruin({2, 3})
+    code, events, _ = train(settings | {"max_skipped_steps": 1})
+    assert code == EXIT_FAILED
+    assert "2 such steps in a row are too many" in of_type(events, "failed")[-1]["message"]
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_vanishes_in_the_middle_is_named_and_what_was_saved_stays(settings, train, tmp_path, workers):
+    own = shutil.copytree(settings["train_data_dir"], tmp_path / "own photographs")
+    lost = own / "2_photo" / "chelsea.png"
+    settings |= {"train_data_dir": str(own), "cache_latents": False, "max_data_loader_n_workers": workers}
+    real = loop.save
+
+    def save_then_lose(s, step, due):
+        lost.unlink(missing_ok=True)
+        return real(s, step, due)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save", save_then_lose)
+        code, events, _ = train(settings | {"save_every_n_steps": 1, "epoch": 4})
+    assert code == EXIT_FAILED
+    failed = of_type(events, "failed")[-1]
+    assert failed["kind"] == "data"
+    assert failed["message"] == f'"{lost}" cannot be read as an image: no such file or directory.'
+    assert load_file(tmp_path / "out" / "photo-step00000001.safetensors")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 kB."""
+    place = tmp_path / "small disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("with_states", [False, True])
+def test_a_full_disk_is_told_and_leaves_only_whole_files(settings, train, small_disk, with_states):
+    code, events, _ = train(
+        settings | {"output_dir": str(small_disk), "save_every_n_steps": 1, "epoch": 4, "save_state": with_states}
+    )
+    assert code == EXIT_FAILED
+    failed = of_type(events, "failed")[-1]
+    assert failed["kind"] == "disk_full"
+    assert failed["hint"]
+    assert not list(small_disk.glob(".*"))
+    files = list(small_disk.glob("*.safetensors"))
+    assert files and all(load_file(file) for file in files)
+
+
+def test_a_disk_too_full_for_the_event_still_ends_as_failed(settings, train, monkeypatch, capsys):
+    from trainer.events import EventLog
+
+    def full(log, event):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(EventLog, "emit", full)
+    code, _, _ = train(settings)
+    assert code == EXIT_FAILED
+    assert "could not be written" in capsys.readouterr().err
+    assert explain(OSError(errno.ENOSPC, "No space left on device")).kind == "disk_full"
+
+
+def test_a_sample_that_fails_is_told_and_training_goes_on(settings, train, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a size that cannot be")
+
+    monkeypatch.setattr(sampling, "draw", fail)
+    code, events, _ = train(settings | {"sample_prompts": "a cat --s 1", "sample_every_n_epochs": 1})
+    assert code == EXIT_DONE
+    assert any("Sample prompt 1 could not be drawn: a size" in e["message"] for e in of_type(events, "warning"))
+
+
+@pytest.mark.parametrize(("brightest", "black"), [(0, True), (2, True), (3, False)])
+def test_a_black_sample_is_named_as_such(settings, train, monkeypatch, brightest, black):
+    picture = Image.new("RGB", (64, 64))
+    picture.putpixel((5, 5), (0, brightest, 0))
+    assert pictures.is_black(picture) == black
+    if brightest != 0:
+        return
+    monkeypatch.setattr(sampling, "draw", lambda *_: picture)
+    _, events, _ = train(settings | {"sample_prompts": "a cat", "sample_every_n_epochs": 1, "max_train_steps": 1})
+    assert any("sample prompt 1 at step 0 is black" in e["message"] for e in of_type(events, "warning"))
+
+
+def test_memory_that_ends_is_told_with_what_would_lower_it(settings, train, ruin):
+    def full(loss):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    ruin({2}, full)
+    code, events, _ = train(settings)
+    assert code == EXIT_FAILED
+    failed = of_type(events, "failed")[-1]
+    assert failed["kind"] == "out_of_memory"
+    assert "Gradient checkpointing" in failed["hint"]
