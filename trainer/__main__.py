@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     check = commands.add_parser("check", help="find everything that would stop this preset")
     check.add_argument("preset", type=Path)
     check.add_argument("--json", action="store_true", help="answer in JSON")
+    doctor = commands.add_parser("doctor", help="try out whether this machine and installation can train")
+    doctor.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of all runs (default: runs)")
     bench = commands.add_parser("bench", help="measure how fast a preset trains here, and where the time goes")
     bench.add_argument("preset", type=Path, nargs="?", default=Path("presets/first-steps.json"))
     bench.add_argument("--steps", type=int, default=20, help="how many steps are measured (default: 20)")
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     tools.add_to(commands)
     known, rest = parser.parse_known_args(arguments)
 
-    if rest and known.command in (*tools.TOOLS, "parameters"):
+    if rest and known.command in (*tools.TOOLS, "parameters", "doctor"):
         parser.error(f"unknown: {' '.join(rest)}")
     if known.command in tools.TOOLS:
         return tools.main(known)
@@ -44,6 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(markdown(), end="")
         return EXIT_DONE
+    if known.command == "doctor":
+        from trainer.doctor import report as examined
+
+        return examined(known.runs.resolve())
     try:
         preset = kohya.load(known.preset)
         preset = kohya.overridden(preset, rest)

@@ -184,7 +184,7 @@ def _logging_to(run: Run) -> Iterator[None]:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if not _is_standard_output(run.log):
         handlers.append(logging.FileHandler(run.log, encoding="utf-8"))
-    logging.getLogger(BITSANDBYTES).addFilter(_matters)
+    logging.getLogger(BITSANDBYTES).addFilter(matters)
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.INFO)
@@ -200,7 +200,7 @@ def _logging_to(run: Run) -> Iterator[None]:
             handler.close()
 
 
-def _matters(record: logging.LogRecord) -> bool:
+def matters(record: logging.LogRecord) -> bool:
     # At its import it asks for a package that would speed up 4-bit weights on some CPUs; all works without.
     return "kernels-community" not in record.getMessage()
 
