@@ -4,8 +4,13 @@ lists all of it."""
 from __future__ import annotations
 
 import errno
+import json
 import shutil
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.test_training import of_type
-from trainer import loop, pictures, sampling
-from trainer.run import EXIT_DONE, EXIT_FAILED
+from trainer import events, loop, pictures, sampling, state
+from trainer.run import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run
 from trainer.start import explain
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -169,3 +176,22 @@ def test_memory_that_ends_is_told_with_what_would_lower_it(settings, train, ruin
     failed = of_type(events, "failed")[-1]
     assert failed["kind"] == "out_of_memory"
     assert "Gradient checkpointing" in failed["hint"]
+
+
+def test_a_signal_that_ends_the_machine_leaves_the_lora_and_the_state_behind_the_step(settings, tmp_path):
+    preset, run = tmp_path / "preset.json", Run(tmp_path / "run")
+    preset.write_text(json.dumps(settings | {"max_train_steps": 100_000, "save_state": True}))
+    command = [sys.executable, "-m", "trainer", "train", str(preset), "--run", str(run.folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 120
+        while not (run.events.exists() and b'"type": "step"' in run.events.read_bytes()):
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == EXIT_STOPPED
+    *_, ended = [event for event, _ in events.read(run.events)]
+    assert (ended["type"], ended["status"]) == ("ended", "stopped")
+    assert load_file(ended["path"])
+    kept, _ = state.find(tmp_path / "out")
+    assert kept.step == ended["step"] > 0
