@@ -97,7 +97,7 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
             theme=page.theme(),
             head=page.style(),
             allowed_paths=allowed,
-            app_kwargs={"middleware": [Middleware(guard.Guard, hosts=hosts)]},
+            app_kwargs={"middleware": [Middleware(guard.Guard, hosts=hosts)], "routes": [page.script_route()]},
             max_file_size="1mb",
             footer_links=[],
             run_history=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -9,6 +10,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from gui import form, history, live
 from gui.files import Roots
@@ -425,17 +430,46 @@ def style() -> str:
 
 
 def _text(name: str) -> str:
-    """A static file without its indentation and lines of comment: all of them stand in the page's index."""
+    """A static file without its indentation: it stands in the page's index."""
     lines = (line.strip() for line in (STATIC / name).read_text(encoding="utf-8").splitlines())
-    return "\n".join(line for line in lines if line and not line.startswith("//"))
+    return "\n".join(line for line in lines if line)
 
 
 def _markup(name: str) -> str:
     return _text(f"{name}.html")
 
 
-def _script() -> str:
-    return "\n".join(_text(f"{name}.js") for name in SCRIPTS)
+def script() -> str:
+    """The page's scripts as one module, whose function puts the page together."""
+    parts = "\n".join((STATIC / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+    return f"export default async function (server) {{\n{parts}\nawait begin(reliable(server));\n}}\n"
+
+
+def script_route() -> Route:
+    """Where the browser fetches the scripts. The address changes with them, so that it may keep them for good."""
+
+    def answer(_: Request) -> Response:
+        return Response(
+            script(), media_type="text/javascript", headers={"Cache-Control": "max-age=31536000, immutable"}
+        )
+
+    return Route(_script_path(), answer)
+
+
+def _script_path() -> str:
+    return f"/lorawright-{hashlib.sha256(script().encode()).hexdigest()[:12]}.js"
+
+
+def _load_script() -> str:
+    """What the page's index holds of the scripts: few bytes, since Gradio wants the index small."""
+    return f"""
+        import(`${{window.gradio_config?.root || ""}}{_script_path()}`)
+            .then((module) => module.default(server))
+            .catch((error) => {{
+                document.getElementById("lw-banner").textContent = `The page could not be put together: ${{error.message}}`;
+                throw error;
+            }});
+    """
 
 
 def build(desk: Desk) -> gr.Blocks:
@@ -446,7 +480,7 @@ def build(desk: Desk) -> gr.Blocks:
             _markup("bar"),
             apply_default_css=False,
             elem_id="bar",
-            js_on_load=_script(),
+            js_on_load=_load_script(),
             server_functions=desk.functions(),
         )
         with gr.Row(elem_id="main"):

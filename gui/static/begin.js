@@ -22,8 +22,3 @@ async function begin(server) {
   await form.fill(hello.draft.entries, hello.draft.kept);
   document.documentElement.dataset.lorawright = "ready";
 }
-
-begin(reliable(server)).catch((error) => {
-  byId("lw-banner").textContent = `The page could not be put together: ${error?.message || error}`;
-  throw error;
-});

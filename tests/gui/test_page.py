@@ -40,7 +40,7 @@ def test_the_page_keeps_its_budgets(desk):
     assert len(config["components"]) <= 300
     assert len(config["dependencies"]) <= 12
     assert [d for d in config["dependencies"] if d["api_visibility"] == "public"] == []
-    assert len(json.dumps(config)) + len(page.style()) < 297_000
+    assert len(json.dumps(config)) + len(page.style()) < 200_000
 
 
 def test_every_parameter_has_a_widget_and_a_real_label(desk):
@@ -51,7 +51,7 @@ def test_every_parameter_has_a_widget_and_a_real_label(desk):
 
 def test_the_script_calls_only_functions_that_are_offered(desk):
     offered = {function.__name__ for function in desk.functions()}
-    called = set(re.findall(r"\bserver\.(\w+)\(", page._script()))
+    called = set(re.findall(r"\bserver\.(\w+)\(", page.script()))
     assert called == offered
 
 
