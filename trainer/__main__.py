@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("parameters", help="print the table of all parameters")
     tools.add_to(commands)
     known, rest = parser.parse_known_args(arguments)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_matters)
 
     if rest and known.command in (*tools.TOOLS, "parameters", "doctor"):
         parser.error(f"unknown: {' '.join(rest)}")
@@ -66,6 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
     from trainer.start import train as start
 
     return start(preset, known.run)
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    # At its import bitsandbytes asks for a package that would speed up 4-bit weights on some CPUs; all works without.
+    return "kernels-community" not in record.getMessage()
 
 
 def _refuse(error: ConfigError, as_json: bool) -> int:

@@ -6,7 +6,6 @@ What can be tried is tried: a kernel of each library, a file in the runs folder,
 from __future__ import annotations
 
 import json
-import logging
 import platform
 import shutil
 import subprocess
@@ -22,7 +21,6 @@ import psutil
 
 from trainer import events
 from trainer.run import EXIT_DONE, EXIT_FAILED, Run
-from trainer.start import BITSANDBYTES, matters
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "safetensors", "gradio")
 TRAINING = {
@@ -105,7 +103,6 @@ def _gpu(_: Path) -> Iterator[Finding]:
 
 
 def _bitsandbytes(_: Path) -> Iterator[Finding]:
-    logging.getLogger(BITSANDBYTES).addFilter(matters)
     import torch
     from bitsandbytes.optim import AdamW8bit
 

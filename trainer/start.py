@@ -20,7 +20,6 @@ from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run, 
 from trainer.schema import Config
 
 log = logging.getLogger("trainer")
-BITSANDBYTES = "bitsandbytes.backends.cpu.ops"
 
 
 class Requests:
@@ -184,7 +183,6 @@ def _logging_to(run: Run) -> Iterator[None]:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if not _is_standard_output(run.log):
         handlers.append(logging.FileHandler(run.log, encoding="utf-8"))
-    logging.getLogger(BITSANDBYTES).addFilter(matters)
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.INFO)
@@ -198,11 +196,6 @@ def _logging_to(run: Run) -> Iterator[None]:
         for handler in handlers:
             root.removeHandler(handler)
             handler.close()
-
-
-def matters(record: logging.LogRecord) -> bool:
-    # At its import it asks for a package that would speed up 4-bit weights on some CPUs; all works without.
-    return "kernels-community" not in record.getMessage()
 
 
 def _is_standard_output(path: Path) -> bool:
