@@ -506,14 +506,14 @@ def _tabs(widgets: dict[str, gr.components.Component]) -> None:
             elif tab not in PARAMETER_TABS:
                 with gr.Tab(tab, elem_id=form.tab_id(tab)):
                     widgets.update(form.widgets(tab))
-        with gr.Tab("Tools", elem_id="tab-tools"):
-            gr.HTML(_markup("tools"), apply_default_css=False)
         with gr.Tab("Dataset", elem_id="tab-dataset"):
             gr.HTML(_markup("dataset"), apply_default_css=False)
         with gr.Tab("Config (JSON)", elem_id="tab-json"):
             gr.HTML(_markup("json"), apply_default_css=False)
         with gr.Tab("Runs", elem_id="tab-runs"):
             gr.HTML(_markup("runs"), apply_default_css=False)
+        with gr.Tab("Tools", elem_id="tab-tools"):
+            gr.HTML(_markup("tools"), apply_default_css=False)
 
 
 def _connect(widgets: list[gr.components.Component]) -> None:

@@ -58,8 +58,8 @@ class Training(Group):
         2,
         "Number of CPU threads per core",
         Section.MACHINE,
-        """Threads that the trainer computes with on the processor. Matters little on a GPU; on a
-        CPU set it to the number of cores.""",
+        """How many threads the trainer computes with on the processor, in all: kohya_ss's label says
+        "per core". Matters little on a GPU; on a CPU set it to the number of cores.""",
         ge=1,
         le=1024,
     )
