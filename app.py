@@ -31,6 +31,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trusted_host", metavar="NAME", action="append", default=[], help="another name of this page, behind a proxy"
     )
+    parser.add_argument("--language", default="english", help="the page's words: a file of gui/words, for instance de")
     parser.add_argument(
         "--runs", type=Path, default=HERE / "runs", metavar="FOLDER", help="where runs are kept (default: runs/)"
     )
@@ -54,6 +55,14 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
         guard.require_password(given.listen, given.share, given.password)
     except guard.RefusedError as refusal:
         print(refusal, file=sys.stderr)
+        return 2
+    from gui import words as vocabulary
+
+    try:
+        words = vocabulary.load(given.language)
+    except (OSError, ValueError) as error:
+        known = ", ".join(vocabulary.languages())
+        print(f'--language "{given.language}" cannot be read ({error}). There is: {known}.', file=sys.stderr)
         return 2
     try:
         given.runs.mkdir(parents=True, exist_ok=True)
@@ -85,7 +94,7 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
         print("Asking for a share link …", flush=True)
     root_host = given.root_path.split("//", 1)[1].split("/")[0] if given.root_path and "//" in given.root_path else ""
     hosts = guard.Hosts([*given.trusted_host, root_host], password=bool(given.password))
-    blocks = page.build(desk)
+    blocks = page.build(desk, words)
     try:
         _, local, shared = blocks.launch(
             server_name=given.listen,
@@ -97,7 +106,7 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
             theme=page.theme(),
             head=page.style(),
             allowed_paths=allowed,
-            app_kwargs={"middleware": [Middleware(guard.Guard, hosts=hosts)], "routes": [page.script_route()]},
+            app_kwargs={"middleware": [Middleware(guard.Guard, hosts=hosts)], "routes": [page.script_route(words)]},
             max_file_size="1mb",
             footer_links=[],
             run_history=False,

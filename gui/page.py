@@ -22,6 +22,7 @@ from gui.presets import Presets
 from gui.runs import BusyError, Runs, kill
 from gui.tools import Tools
 from gui.waiting import Queue
+from gui.words import Words, translate
 from trainer import kohya
 from trainer.errors import ConfigError, Problem
 from trainer.run import REQUESTS, Run
@@ -29,6 +30,7 @@ from trainer.schema import PARAMETERS, Section
 
 STATIC = Path(__file__).parent / "static"
 SCRIPTS = (
+    "words",
     "dom",
     "banner",
     "form",
@@ -50,6 +52,7 @@ PARAMETER_TABS = ("Basic", "Advanced")
 MOST_RUNS = 100
 MOST_COMPARED = 6
 FIRST = "shipped/first-steps"
+ENGLISH: Words = {}
 
 Answer = dict[str, Any]
 Ask = Mapping[str, Any]
@@ -439,31 +442,31 @@ def _markup(name: str) -> str:
     return _text(f"{name}.html")
 
 
-def script() -> str:
+def script(words: Words) -> str:
     """The page's scripts as one module, whose function puts the page together."""
-    parts = "\n".join((STATIC / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
-    return f"export default async function (server) {{\n{parts}\nawait begin(reliable(server));\n}}\n"
+    parts = [f"const WORDS = {json.dumps(words, ensure_ascii=False)};"]
+    parts += [(STATIC / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
+    return "\n".join(["export default async function (server) {", *parts, "await begin(reliable(server));", "}\n"])
 
 
-def script_route() -> Route:
+def script_route(words: Words) -> Route:
     """Where the browser fetches the scripts. The address changes with them, so that it may keep them for good."""
+    text = script(words)
 
     def answer(_: Request) -> Response:
-        return Response(
-            script(), media_type="text/javascript", headers={"Cache-Control": "max-age=31536000, immutable"}
-        )
+        return Response(text, media_type="text/javascript", headers={"Cache-Control": "max-age=31536000, immutable"})
 
-    return Route(_script_path(), answer)
+    return Route(_address(text), answer)
 
 
-def _script_path() -> str:
-    return f"/lorawright-{hashlib.sha256(script().encode()).hexdigest()[:12]}.js"
+def _address(text: str) -> str:
+    return f"/lorawright-{hashlib.sha256(text.encode()).hexdigest()[:12]}.js"
 
 
-def _load_script() -> str:
+def _load_script(words: Words) -> str:
     """What the page's index holds of the scripts: few bytes, since Gradio wants the index small."""
     return f"""
-        import(`${{window.gradio_config?.root || ""}}{_script_path()}`)
+        import(`${{window.gradio_config?.root || ""}}{_address(script(words))}`)
             .then((module) => module.default(server))
             .catch((error) => {{
                 document.getElementById("lw-banner").textContent = `The page could not be put together: ${{error.message}}`;
@@ -472,7 +475,7 @@ def _load_script() -> str:
     """
 
 
-def build(desk: Desk) -> gr.Blocks:
+def build(desk: Desk, words: Words = ENGLISH) -> gr.Blocks:
     """The page's components. The widgets are Gradio's; what happens between them is in static/*.js."""
     widgets: dict[str, gr.components.Component] = {}
     with gr.Blocks(title="Lorawright", analytics_enabled=False, fill_width=True) as page:
@@ -480,7 +483,7 @@ def build(desk: Desk) -> gr.Blocks:
             _markup("bar"),
             apply_default_css=False,
             elem_id="bar",
-            js_on_load=_load_script(),
+            js_on_load=_load_script(words),
             server_functions=desk.functions(),
         )
         with gr.Row(elem_id="main"):
@@ -491,6 +494,7 @@ def build(desk: Desk) -> gr.Blocks:
                 gr.HTML(_markup("live"), apply_default_css=False)
         ordered = [widgets[key] for key in PARAMETERS]
         _connect(ordered)
+    translate(page.blocks.values(), words)
     return page
 
 

@@ -19,7 +19,7 @@ class Banner {
   // `aside`: what follows the title in a quieter voice.
   show(tone, title, items = [], actions = [], aside = "") {
     this.node.className = `lw-banner-${tone}`;
-    const close = make("button", { class: "lw-close", type: "button", "aria-label": "Dismiss", onclick: () => this.clear() }, "×");
+    const close = make("button", { class: "lw-close", type: "button", "aria-label": t`Dismiss`, onclick: () => this.clear() }, "×");
     const head = make("div", { class: "lw-banner-head" },
       tone === "busy" ? make("span", { class: "lw-spinner", "aria-hidden": "true" }) : null,
       make("span", {}, make("strong", {}, title), " ", aside),
@@ -33,7 +33,7 @@ class Banner {
 
   line(item) {
     const place = item.severity || item.what;
-    const tag = make("span", { class: `lw-tag lw-tag-${place.replaceAll(" ", "-")}` }, place);
+    const tag = make("span", { class: `lw-tag lw-tag-${place.replaceAll(" ", "-")}` }, said(place));
     const label = item.label || item.key;
     const control = this.form.known(item.key)
       ? make("button", { class: "lw-link lw-control", type: "button", "data-key": item.key, onclick: () => this.form.focus(item.key) },

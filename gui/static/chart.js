@@ -36,7 +36,7 @@ class Chart {
     if (!steps.length) {
       pen.fillStyle = colour("--lw-muted");
       pen.textAlign = "center";
-      pen.fillText("The loss appears here from the first step on.", width / 2, height / 2);
+      pen.fillText(t`The loss appears here from the first step on.`, width / 2, height / 2);
       this.readout.textContent = "";
       return;
     }
@@ -75,9 +75,9 @@ class Chart {
     }
     const rate = (value) => (value === null || value === undefined ? null : value > 0 && value < 0.001 ? value.toExponential(2).replace(/\.?0+e/, "e") : String(Number(value.toPrecision(3))));
     const [unet, text] = rates[i].map(rate);
-    this.readout.textContent = [`step ${steps[i]}`, `loss ${average[i].toPrecision(3)} (this step ${loss[i].toPrecision(3)})`,
-      unet && `U-Net rate ${unet}`, text && `text encoder rate ${text}`].filter(Boolean).join(" · ");
-    this.canvas.setAttribute("aria-label", `Loss over ${steps.length} steps. ${this.readout.textContent}`);
+    this.readout.textContent = [t`step ${steps[i]}`, t`loss ${average[i].toPrecision(3)} (this step ${loss[i].toPrecision(3)})`,
+      unet && t`U-Net rate ${unet}`, text && t`text encoder rate ${text}`].filter(Boolean).join(" · ");
+    this.canvas.setAttribute("aria-label", t`Loss over ${steps.length} steps. ${this.readout.textContent}`);
   }
 }
 

@@ -13,8 +13,6 @@ function make(tag, properties = {}, ...children) {
   return node;
 }
 
-const counted = (count, noun, several = `${noun}s`) => `${count} ${count === 1 ? noun : several}`;
-
 const byId = (id) => document.getElementById(id);
 
 // Tabs are built when they are first opened, so a part of the page may come later.
@@ -24,7 +22,7 @@ function whenThere(find, patience_ms = 3000) {
     (function look() {
       const found = find();
       if (found) resolve(found);
-      else if (performance.now() > until) reject(new Error("a part of the page did not appear"));
+      else if (performance.now() > until) reject(new Error(t`a part of the page did not appear`));
       else requestAnimationFrame(look);
     })();
   });
@@ -60,8 +58,8 @@ function reliable(server) {
       try {
         status = (await fetch(`${window.gradio_config?.root || ""}/gradio_api/queue/status`)).status;
       } catch { /* the server is gone, which is what status 0 says */ }
-      const reasons = { 0: "The server does not answer.", 401: "Your login has ended; reload the page.", 200: "The server failed at this; its terminal says why." };
-      throw Object.assign(new Error(reasons[status] || `The server refuses (status ${status}).`), { status });
+      const reasons = { 0: t`The server does not answer.`, 401: t`Your login has ended; reload the page.`, 200: t`The server failed at this; its terminal says why.` };
+      throw Object.assign(new Error(reasons[status] || t`The server refuses (status ${status}).`), { status });
     },
   });
 }

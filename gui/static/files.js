@@ -2,14 +2,14 @@
 
 async function browse(form, parameter, server) {
   const files = parameter.kind !== "folder";
-  const list = make("ul", { class: "lw-files", role: "listbox", "aria-label": "Folders and files" });
-  const place = make("input", { class: "lw-input", "aria-label": "Folder", spellcheck: false });
+  const list = make("ul", { class: "lw-files", role: "listbox", "aria-label": t`Folders and files` });
+  const place = make("input", { class: "lw-input", "aria-label": t`Folder`, spellcheck: false });
   const note = make("p", { class: "lw-facts", "aria-live": "polite" });
-  const choose = make("button", { class: "lw-button lw-primary", type: "button" }, "Use this folder");
-  const dialog = make("dialog", { class: "lw-dialog lw-browser", "aria-label": `Browse for ${parameter.label}` },
+  const choose = make("button", { class: "lw-button lw-primary", type: "button" }, t`Use this folder`);
+  const dialog = make("dialog", { class: "lw-dialog lw-browser", "aria-label": t`Browse for ${parameter.label}` },
     make("h2", {}, parameter.label), place, list, note,
     make("div", { class: "lw-dialog-buttons" },
-      make("button", { class: "lw-button", type: "button", onclick: () => dialog.close() }, "Cancel"),
+      make("button", { class: "lw-button", type: "button", onclick: () => dialog.close() }, t`Cancel`),
       choose));
   let here = "";
 
@@ -32,9 +32,9 @@ async function browse(form, parameter, server) {
     list.replaceChildren(...up, ...found.entries.map((entry) =>
       row(entry.what, entry.name, () => (entry.what === "folder" ? go(entry.path) : take(entry.path)))));
     const facts = [found.refused];
-    if (here && !found.entries.length && !found.refused) facts.push("Nothing inside that could be picked.");
-    if (found.images) facts.push(`${found.images} image${found.images === 1 ? "" : "s"} in this folder.`);
-    if (found.more) facts.push(`${found.more} more are not shown; type the path.`);
+    if (here && !found.entries.length && !found.refused) facts.push(t`Nothing inside that could be picked.`);
+    if (found.images) facts.push(t`${counted(found.images, "image")} in this folder.`);
+    if (found.more) facts.push(t`${found.more} more are not shown; type the path.`);
     note.textContent = facts.filter(Boolean).join(" ");
     list.scrollTop = 0;
   }

@@ -35,12 +35,12 @@ class Finder {
     this.at = this.found.length ? 0 : -1;
     const more = this.found.length - MOST_FOUND;
     this.found = this.found.slice(0, MOST_FOUND);
-    const place = (p) => (p.tab === p.section ? p.tab : `${p.tab} › ${p.section}`);
+    const place = (p) => (p.tab === p.section ? said(p.tab) : `${said(p.tab)} › ${said(p.section)}`);
     this.list.replaceChildren(
       ...this.found.map((p, i) => make("li", { id: `lw-found-${i}`, role: "option", onmousedown: (event) => { event.preventDefault(); this.take(p); } },
         make("b", {}, p.label), " ", make("code", {}, p.key), make("span", { class: "lw-facts" }, place(p)))),
-      ...(this.box.value.trim() && !this.found.length ? [make("li", { class: "lw-facts", role: "option", "aria-disabled": "true" }, "Nothing found.")] : []),
-      ...(more > 0 ? [make("li", { class: "lw-facts", role: "option", "aria-disabled": "true" }, `and ${more} more`)] : []));
+      ...(this.box.value.trim() && !this.found.length ? [make("li", { class: "lw-facts", role: "option", "aria-disabled": "true" }, t`Nothing found.`)] : []),
+      ...(more > 0 ? [make("li", { class: "lw-facts", role: "option", "aria-disabled": "true" }, t`and ${more} more`)] : []));
     this.list.hidden = !this.list.childElementCount;
     this.box.setAttribute("aria-expanded", String(!this.list.hidden));
     this.mark();

@@ -5,10 +5,10 @@ const quoted = (text) => JSON.stringify(text.replace(/\s+/g, " "));
 
 class Form {
   constructor(table, ask_server) {
-    this.table = table;
-    this.parameters = new Map(table.map((p) => [p.key, p]));
+    this.table = table.map(translated);
+    this.parameters = new Map(this.table.map((p) => [p.key, p]));
     this.server = ask_server;
-    this.entries = Object.fromEntries(table.map((p) => [p.key, p.default]));
+    this.entries = Object.fromEntries(this.table.map((p) => [p.key, p.default]));
     this.kept = {};
     this.errors = new Map();
     this.remarks = new Map();
@@ -167,8 +167,8 @@ class Form {
   }
 
   async open(tab) {
-    if (["Basic", "Advanced"].includes(tab)) await this.press("Parameters");
-    await this.press(tab);
+    if (["Basic", "Advanced"].includes(tab)) await this.press(said("Parameters"));
+    await this.press(said(tab));
   }
 
   // A tab that does not fit stands in Gradio's overflow menu, as a button without a role or an id.
@@ -190,7 +190,7 @@ class Form {
       input.autocomplete = "off";
       // For the mouse and for touch; with the keyboard help opens from the field itself, so that the
       // way through the form has one stop a field.
-      const help = make("button", { class: "lw-help", type: "button", tabIndex: -1, title: "F1 in the field", "aria-label": `Help for ${p.label}` }, "?");
+      const help = make("button", { class: "lw-help", type: "button", tabIndex: -1, title: t`F1 in the field`, "aria-label": t`Help for ${p.label}` }, "?");
       const open = () => this.explain(p, help);
       const close = () => { this.tip.hidden = true; };
       help.addEventListener("mouseenter", open);
@@ -204,11 +204,11 @@ class Form {
         if (this.tip.hidden) this.explain(p, field); else close();
       });
       input.addEventListener("blur", close);
-      const dot = make("button", { class: "lw-dot", type: "button", tabIndex: -1, "aria-label": `Reset ${p.label}`,
-        title: `Changed. Back to the default: ${this.spoken(p.default)}`, onclick: () => this.resetting(p) });
+      const dot = make("button", { class: "lw-dot", type: "button", tabIndex: -1, "aria-label": t`Reset ${p.label}`,
+        title: t`Changed. Back to the default: ${this.spoken(p.default)}`, onclick: () => this.resetting(p) });
       field.append(help, dot);
       if (["file", "folder", "model"].includes(p.kind)) {
-        field.append(make("button", { class: "lw-browse", type: "button", "aria-label": `Browse for ${p.label}`,
+        field.append(make("button", { class: "lw-browse", type: "button", "aria-label": t`Browse for ${p.label}`,
           onclick: () => browse(this, p, this.server) }, "…"));
         if (p.kind === "model") {
           input.setAttribute("list", "lw-models");
@@ -220,8 +220,8 @@ class Form {
 
   // An entry in words.
   spoken(entry) {
-    if (typeof entry === "boolean") return entry ? "on" : "off";
-    return entry === "" ? "empty" : entry.length > 60 ? `${entry.slice(0, 60)}…` : entry;
+    if (typeof entry === "boolean") return entry ? t`on` : t`off`;
+    return entry === "" ? t`empty` : entry.length > 60 ? `${entry.slice(0, 60)}…` : entry;
   }
 
   explain(p, at) {
@@ -229,7 +229,7 @@ class Form {
     this.tip.replaceChildren(
       make("p", {}, p.help),
       wrong ? make("p", { class: "lw-wrong" }, wrong) : "",
-      make("p", { class: "lw-facts" }, p.allowed === "text" ? "" : `${p.allowed} · `, `default: ${this.spoken(p.default)} · `, make("code", {}, p.key)));
+      make("p", { class: "lw-facts" }, p.allowed === said("text") ? "" : `${p.allowed} · `, t`default: ${this.spoken(p.default)}`, " · ", make("code", {}, p.key)));
     this.tip.hidden = false;
     const spot = at.getBoundingClientRect(), size = this.tip.getBoundingClientRect();
     const left = Math.min(Math.max(8, spot.right - size.width), innerWidth - size.width - 8);

@@ -27,7 +27,7 @@ class Log {
   setFollow(following) {
     this.following = following;
     this.follow.setAttribute("aria-pressed", String(following));
-    this.follow.textContent = following ? "Following" : "Paused";
+    this.follow.textContent = following ? t`Following` : t`Paused`;
     if (following) this.toEnd();
   }
 

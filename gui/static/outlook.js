@@ -30,23 +30,23 @@ class Outlook {
     this.form.remark("pretrained_model_name_or_path", summary.model || "");
     const parts = [];
     if (summary.images) {
-      const beside = summary.regularisation ? ` and ${summary.regularisation} for regularisation` : "";
-      parts.push(`${counted(summary.images, "image")}${beside}, ${summary.repeats} seen in an epoch`);
+      const beside = summary.regularisation ? t` and ${summary.regularisation} for regularisation` : "";
+      parts.push(t`${counted(summary.images, "image")}${beside}, ${summary.repeats} seen in an epoch`);
     }
-    if (summary.total_steps) parts.push(`${counted(summary.total_steps, "step")} in ${counted(summary.epochs, "epoch")}`);
+    if (summary.total_steps) parts.push(t`${counted(summary.total_steps, "step")} in ${counted(summary.epochs, "epoch")}`);
     if (size) {
-      parts.push(`${counted(size.modules, "module")}, ${millions(size.weights)} weights`);
-      parts.push(`a file of about ${bytes(size.file_bytes)}`);
+      parts.push(t`${counted(size.modules, "module")}, ${millions(size.weights)} weights`);
+      parts.push(t`a file of about ${bytes(size.file_bytes)}`);
     }
     if (like && summary.total_steps) {
-      parts.push(`about ${duration(like.seconds * summary.total_steps)} of steps${like.memory ? `, ${bytes(like.memory)} of memory` : ""}, by ${like.run}`);
+      parts.push(t`about ${duration(like.seconds * summary.total_steps)} of steps${like.memory ? t`, ${bytes(like.memory)} of memory` : ""}, by ${like.run}`);
     }
-    if (errors) parts.push(errors === 1 ? "one thing is still in the way" : `${errors} things are still in the way`);
-    this.node.replaceChildren(make("b", {}, "Will be trained: "), parts.join(" · ") || "nothing yet");
+    if (errors) parts.push(errors === 1 ? t`one thing is still in the way` : t`${errors} things are still in the way`);
+    this.node.replaceChildren(make("b", {}, t`Will be trained: `), parts.join(" · ") || t`nothing yet`);
   }
 }
 
-const millions = (n) => (n >= 1e5 ? `${Number((n / 1e6).toPrecision(3))} million` : String(n));
+const millions = (n) => (n >= 1e5 ? t`${Number((n / 1e6).toPrecision(3))} million` : String(n));
 
 function bytes(n) {
   const [unit, size] = n >= 2 ** 30 ? ["GB", 2 ** 30] : n >= 2 ** 20 ? ["MB", 2 ** 20] : ["kB", 1024];

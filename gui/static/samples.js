@@ -39,22 +39,22 @@ class Samples {
     if (!steps.length) return;
     const at = steps[Math.min(Number(this.slider.value), steps.length - 1)];
     this.slider.disabled = steps.length < 2;
-    this.slider.setAttribute("aria-valuetext", `step ${at}`);
-    byId("lw-sample-at").textContent = at === 0 ? "before training" : `step ${at}`;
+    this.slider.setAttribute("aria-valuetext", t`step ${at}`);
+    byId("lw-sample-at").textContent = at === 0 ? t`before training` : t`step ${at}`;
     const first = steps[0];
     this.grid.replaceChildren(...[...this.prompts.keys()].sort((a, b) => a - b).map((index) => {
       const without = this.without.get(index);
       const before = without || (first === 0 && at !== 0 ? this.pictures.get(0).get(index) : null);
       const now = this.pictures.get(at).get(index);
       return make("figure", { class: "lw-sample" },
-        make("div", { class: "lw-pair" }, before ? this.picture(before, without ? "without LoRA" : "before") : null,
-          now ? this.picture(now, at === 0 ? "before" : `step ${at}`) : make("div", { class: "lw-none" }, "not drawn at this step")),
+        make("div", { class: "lw-pair" }, before ? this.picture(before, without ? t`without LoRA` : "before") : null,
+          now ? this.picture(now, at === 0 ? "before" : t`step ${at}`) : make("div", { class: "lw-none" }, t`not drawn at this step`)),
         make("figcaption", { title: this.prompts.get(index) }, this.prompts.get(index)));
     }));
   }
 
   picture(sample, tag) {
-    return make("button", { class: "lw-picture", type: "button", onclick: () => this.large(sample), "aria-label": `${sample.prompt}, ${tag}, open large` },
+    return make("button", { class: "lw-picture", type: "button", onclick: () => this.large(sample), "aria-label": t`${sample.prompt}, ${tag}, open large` },
       make("img", { src: fileAddress(sample.path), alt: `${sample.prompt}, ${tag}`, loading: "lazy" }),
       make("span", {}, tag));
   }
@@ -62,15 +62,15 @@ class Samples {
   // Large: arrows go through steps (left, right) and prompts (up, down).
   large(sample) {
     const image = make("img", {}), text = make("figcaption", {});
-    const dialog = make("dialog", { class: "lw-dialog lw-large", "aria-label": "Sample" }, make("figure", {}, image, text),
-      make("button", { class: "lw-close", type: "button", "aria-label": "Close", onclick: () => dialog.close() }, "×"));
+    const dialog = make("dialog", { class: "lw-dialog lw-large", "aria-label": t`Sample` }, make("figure", {}, image, text),
+      make("button", { class: "lw-close", type: "button", "aria-label": t`Close`, onclick: () => dialog.close() }, "×"));
     let { step, index } = sample;
     const show = (found) => {
       if (!found) return;
-      const when = found.strength === 0 ? "without the LoRA" : step === 0 ? "before training" : `step ${step}`;
+      const when = found.strength === 0 ? t`without the LoRA` : step === 0 ? t`before training` : t`step ${step}`;
       image.src = fileAddress(found.path);
       image.alt = `${found.prompt}, ${when}`;
-      text.textContent = `${when} · seed ${found.seed} · ${found.prompt}`;
+      text.textContent = t`${when} · seed ${found.seed} · ${found.prompt}`;
     };
     dialog.addEventListener("keydown", (event) => {
       const steps = this.steps(), prompts = [...this.prompts.keys()].sort((a, b) => a - b);

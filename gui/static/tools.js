@@ -15,7 +15,7 @@ class Tools {
     box.dataset.ready = "1";
     try {
       const offer = await this.server.tools({});
-      this.tools = new Map(offer.tools.map((tool) => [tool.name, tool]));
+      this.tools = new Map(offer.tools.map((tool) => [tool.name, { ...translated(tool), fields: tool.fields.map(translated) }]));
       for (const tool of offer.tools) this.entries[tool.name] = Object.fromEntries(tool.fields.map((p) => [p.key, p.default]));
       byId("lw-loras").replaceChildren(...offer.loras.map((value) => make("option", { value })));
     } catch (error) {

@@ -51,7 +51,7 @@ def test_every_parameter_has_a_widget_and_a_real_label(desk):
 
 def test_the_script_calls_only_functions_that_are_offered(desk):
     offered = {function.__name__ for function in desk.functions()}
-    called = set(re.findall(r"\bserver\.(\w+)\(", page.script()))
+    called = set(re.findall(r"\bserver\.(\w+)\(", page.script({})))
     assert called == offered
 
 
