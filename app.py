@@ -43,6 +43,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="a folder the page may list (default: home, this one)",
     )
+    parser.add_argument(
+        "--continue",
+        dest="go_on",
+        action="store_true",
+        help="start the newest run again if the machine was taken away under it; for rented machines",
+    )
     return parser.parse_args(words)
 
 
@@ -120,6 +126,8 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
         return 1
     # launch() replaces an empty list by one of its own.
     blocks.allowed_paths = allowed
+    if given.go_on and (run := desk.runs.go_on()):
+        print(f"{run.folder.name} goes on with what the machine was taken away from.", flush=True)
     desk.queue.serve()
     print(f"Lorawright is at {local}", flush=True)
     if given.share:

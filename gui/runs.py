@@ -112,6 +112,18 @@ class Runs:
             self.launch(run, str(values.get("wandb_api_key") or ""))
         return run
 
+    def go_on(self) -> Run | None:
+        """Start the newest run again where the machine was taken away under it; None where it was not.
+
+        It goes on from its newest sound state; a run that has none does as its own settings say.
+        """
+        run = self.find("")
+        if run is None or not interrupted(run) or self.active() is not None:
+            return None
+        preset = kohya.load(run.config)
+        newest = history.newest_state(run)
+        return self.start(preset.values | ({"resume": str(newest)} if newest else {}), preset.kept)
+
     def folder_for(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Run:
         """A new run's folder, with its settings and nothing else."""
         run = new_run(self.folder, str(values.get("output_name") or "lora"))
@@ -253,6 +265,16 @@ def state(run: Run, tail: Sequence[Mapping[str, Any]] | None = None) -> State:
     if stop_asked(run) is not None:
         return "stopping"
     return "running" if any(event["type"] == "step" for event in tail) else "starting"
+
+
+def interrupted(run: Run) -> bool:
+    """Whether a run was ended by the system (SIGTERM), or vanished together with whoever started it."""
+    tail = events.last(run.events)
+    ended = next((event for event in reversed(tail) if event["type"] in ("ended", "failed")), None)
+    if ended is not None:
+        return ended.get("by") == "SIGTERM"
+    gone = state(run, tail) == "crashed" and not run.killed.exists()
+    return gone and exit_code(run) in (None, -signal.SIGTERM)
 
 
 def cause(run: Run, failed: Mapping[str, Any] | None) -> Cause:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -178,20 +179,60 @@ def test_memory_that_ends_is_told_with_what_would_lower_it(settings, train, ruin
     assert "Gradient checkpointing" in failed["hint"]
 
 
-def test_a_signal_that_ends_the_machine_leaves_the_lora_and_the_state_behind_the_step(settings, tmp_path):
-    preset, run = tmp_path / "preset.json", Run(tmp_path / "run")
-    preset.write_text(json.dumps(settings | {"max_train_steps": 100_000, "save_state": True}))
-    command = [sys.executable, "-m", "trainer", "train", str(preset), "--run", str(run.folder)]
+@pytest.mark.parametrize(
+    ("moment", "step"),
+    [
+        ("loading PyTorch", 0),
+        ("caching latents", 0),
+        ("drawing samples", 0),
+        ("training", 1),
+        ("saving photo-step00000002.safetensors", 3),
+        ("saving photo-step00000002-state", 3),
+    ],
+)
+def test_a_signal_that_ends_the_machine_is_safe_at_any_moment(settings, train, tmp_path, monkeypatch, moment, step):
+    """It ends before the first step with nothing to save, or behind the step that is next with LoRA and state."""
+    real, sent = events.EventLog.emit, []
+
+    def emit(log, event):
+        real(log, event)
+        if isinstance(event, events.Phase) and event.name == moment and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(events.EventLog, "emit", emit)
+    settings |= {"save_state": True, "save_every_n_steps": 2, "sample_prompts": "a cat --s 2", "max_train_steps": 6}
+    code, stream, _ = train(settings | {"sample_every_n_steps": 4})
+    assert sent and code == EXIT_STOPPED
+    assert (stream[-1]["type"], stream[-1]["by"], stream[-1]["step"]) == ("ended", "SIGTERM", step)
+    assert step == 0 or state.find(tmp_path / "out")[0].step == step
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_the_same_command_again_goes_on_where_the_machine_was_taken_away_and_ends_the_same(settings, train, tmp_path):
+    settings |= {"max_train_steps": 40, "resume": "auto"}
+    train(settings | {"output_dir": str(tmp_path / "in one go"), "resume": ""})
+    preset = tmp_path / "preset.json"
+    preset.write_text(json.dumps(settings))
+
+    def go(number):
+        run = Run(tmp_path / f"run of the machine {number}")
+        return run, [sys.executable, "-m", "trainer", "train", str(preset), "--run", str(run.folder)]
+
+    run, command = go(1)
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         until = time.monotonic() + 120
         while not (run.events.exists() and b'"type": "step"' in run.events.read_bytes()):
             assert time.monotonic() < until
             assert process.poll() is None
-            time.sleep(0.05)
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == EXIT_STOPPED
     *_, ended = [event for event, _ in events.read(run.events)]
-    assert (ended["type"], ended["status"]) == ("ended", "stopped")
+    assert (ended["status"], ended["by"]) == ("stopped", "SIGTERM")
     assert load_file(ended["path"])
-    kept, _ = state.find(tmp_path / "out")
-    assert kept.step == ended["step"] > 0
+    assert state.find(tmp_path / "out")[0].step == ended["step"] > 0
+    run, command = go(2)
+    assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == EXIT_DONE
+    assert next(e["first_step"] for e, _ in events.read(run.events) if e["type"] == "started") > 1
+    whole, pieces = (load_file(tmp_path / folder / "photo.safetensors") for folder in ("in one go", "out"))
+    assert whole.keys() == pieces.keys() and all(torch.equal(whole[name], pieces[name]) for name in whole)

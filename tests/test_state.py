@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -120,10 +121,66 @@ def test_a_state_at_the_end_alone_is_written_when_asked_for(settings, train, tmp
     assert "photo-step00000003-state" in names(tmp_path / "out")
 
 
-def test_without_the_switch_no_state_is_written(settings, train, tmp_path, stop_at):
+@pytest.mark.proves("save_state")
+def test_without_the_switch_a_stop_alone_leaves_a_state_until_training_has_gone_on_from_it(
+    settings, train, tmp_path, stop_at
+):
+    out, settings = tmp_path / "out", settings | {"save_every_n_steps": 2}
+    train(settings)
+    assert not [name for name in names(out) if name.endswith("-state")]
+    whole = load_file(out / "photo.safetensors")
+    shutil.rmtree(out)
     stop_at(3)
-    train(settings | {"save_every_n_steps": 2})
-    assert names(tmp_path / "out") == ["photo-step00000002.safetensors", "photo-step00000003.safetensors"]
+    train(settings)
+    assert names(out) == [f"photo-step0000000{end}" for end in ("2.safetensors", "3-state", "3.safetensors")]
+    stop_at(4)
+    train(settings | {"resume": str(out)})
+    assert [name for name in names(out) if name.endswith("-state")] == ["photo-step00000004-state"]
+    stop_at(0)
+    train(settings | {"resume": str(out)})
+    assert not [name for name in names(out) if name.endswith("-state")]
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in load_file(out / "photo.safetensors").items())
+
+
+@pytest.mark.proves("save_state_on_train_end")
+def test_a_state_that_was_asked_for_stays_when_training_goes_on_from_it(settings, train, tmp_path, stop_at):
+    out = tmp_path / "out"
+    stop_at(3)
+    train(settings | {"save_state_on_train_end": True})
+    stop_at(0)
+    train(settings | {"resume": str(out)})
+    assert [name for name in names(out) if name.endswith("-state")] == ["photo-step00000003-state"]
+
+
+def test_a_stop_with_no_room_for_the_state_is_still_a_stop(settings, train, tmp_path, stop_at, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(state, "write", full)
+    stop_at(3)
+    code, events, _ = train(settings)
+    assert code == EXIT_STOPPED
+    assert any("this run cannot go on later" in e["message"] for e in of_type(events, "warning"))
+    assert names(tmp_path / "out") == ["photo-step00000003.safetensors"]
+
+
+@pytest.mark.proves("resume")
+@pytest.mark.parametrize("own_folder", [True, False])
+def test_auto_goes_on_from_the_newest_state_of_the_name_and_starts_anew_where_there_is_none(
+    settings, train, tmp_path, stop_at, own_folder
+):
+    """Without an output folder the states lie in the runs' own, which are siblings."""
+    settings |= {"resume": "auto", "output_dir": str(tmp_path / "out") if own_folder else ""}
+    stop_at(2)
+    train(settings | {"output_name": "photo-2"})
+    stop_at(3)
+    assert train(settings)[0] == EXIT_STOPPED
+    stop_at(0)
+    code, events, _ = train(settings)
+    assert code == EXIT_DONE
+    assert of_type(events, "started")[0]["first_step"] == 4
+    _, events, _ = train(settings)
+    assert of_type(events, "started")[0]["first_step"] == 1, "the first one's state went when it had gone on"
 
 
 @pytest.fixture(scope="module")
@@ -323,8 +380,6 @@ def test_images_and_captions_that_changed_since_the_state_are_named(settings, tr
 
 
 def test_a_state_whose_writing_fails_leaves_nothing_behind(settings, train, tmp_path, monkeypatch):
-    import errno
-
     import safetensors.torch
 
     def full(*_):

@@ -67,11 +67,12 @@ class Checked:
         return tuple(problem for problem in self.problems if problem.severity == "error")
 
 
-def problems(preset: Preset, *, decode: bool = True, ask: bool = True) -> Checked:
+def problems(preset: Preset, *, decode: bool = True, ask: bool = True, runs: Path = Path("runs")) -> Checked:
     """Check settings, model, images, captions, folders and prompts of a preset; writes nothing.
 
     Without `decode` only the images' headers are read: quicker, but damage further in is not found. Without `ask`
-    no network is: nothing is said of a model on huggingface.co that was not fetched yet.
+    no network is: nothing is said of a model on huggingface.co that was not fetched yet. `runs`: the folder of all
+    runs, where "auto" looks for a state.
     """
     config, found = settings(preset.values)
     model, model_problems = _model(config, ask)
@@ -90,7 +91,7 @@ def problems(preset: Preset, *, decode: bool = True, ask: bool = True) -> Checke
         *_masks(config, survey.dataset.pictures),
     ]
     summary = _summary(config, survey.dataset.pictures, places, model)
-    found += _resume(config, summary)
+    found += _resume(config, summary, runs)
     refused = any(problem.severity == "error" for problem in found)
     return Checked(None if refused else config, tuple(found), preset.notes, summary)
 
@@ -278,17 +279,19 @@ def _convolutions(config: Config, lora: Lora) -> Iterator[Problem]:
         )
 
 
-def _resume(config: Config, summary: Summary) -> Iterator[Problem]:
-    if config.saving.resume:
-        try:
-            resumed, passed_over = state.find(resolve(config.saving.resume))
-            resumed.leads_into(summary.total_steps or resumed.step + 1)
-            resumed.differences(config, summary.batches_per_epoch or resumed.batches_per_epoch)
-        except LorawrightError as error:
-            yield problem_with("resume", error)
+def _resume(config: Config, summary: Summary, runs: Path) -> Iterator[Problem]:
+    try:
+        found = state.resumed(config, runs)
+        if found is None:
             return
-        if passed_over:
-            yield problem_with("resume", f'{" ".join(passed_over)} "{shown(resumed.folder)}" is used.', "warning")
+        resumed, passed_over = found
+        resumed.leads_into(summary.total_steps or resumed.step + 1)
+        resumed.differences(config, summary.batches_per_epoch or resumed.batches_per_epoch)
+    except LorawrightError as error:
+        yield problem_with("resume", error)
+        return
+    if passed_over:
+        yield problem_with("resume", f'{" ".join(passed_over)} "{shown(resumed.folder)}" is used.', "warning")
 
 
 def _places(config: Config, pictures: tuple[Picture, ...]) -> tuple[list[Size] | None, list[Problem]]:

@@ -141,13 +141,16 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class Ended(Event):
-    """The run is over. `done`: all steps were made. `stopped`: asked to stop; all is saved."""
+    """The run is over. `done`: all steps were made. `stopped`: asked to stop; all is saved.
+
+    `by`: the signal that asked, SIGTERM where the system ends the machine."""
 
     type: ClassVar[str] = "ended"
     status: Literal["done", "stopped"]
     step: int
     path: str
     seconds: float
+    by: str = ""
 
 
 class EventLog:

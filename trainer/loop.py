@@ -66,6 +66,8 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
                 for due in files:
                     with forecast.pause("files", step):
                         save_state(s, step, due)
+            elif files and step < s.length.total_steps and "stop" in asked:
+                save_stopgap(s, step, files[-1])
             if pictures:
                 with (
                     optim.averaged(s.optimizer),
@@ -84,6 +86,8 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
     s.trackers.close()
     s.accelerator.end_training()
     status: Literal["done", "stopped"] = "done" if step == s.length.total_steps else "stopped"
+    if status == "done":
+        state.supersede(s.resumed)
     return Ended(status, step, path, round(time.monotonic() - began, 1))
 
 
@@ -227,7 +231,15 @@ def prove(s: Session, path: Path, step: int) -> None:
     log.info("verified %s: %s", path.name, verified.summary)
 
 
-def save_state(s: Session, step: int, due: Due) -> None:
+def save_stopgap(s: Session, step: int, due: Due) -> None:
+    """Write a state that nobody asked for, so that a stopped training can go on. Where it fails, the LoRA is there."""
+    try:
+        save_state(s, step, due, stopgap=True)
+    except (OSError, TrainingError) as error:
+        s.emit(Warned(f"The LoRA is saved, but no state, so this run cannot go on later: {error}"))
+
+
+def save_state(s: Session, step: int, due: Due, *, stopgap: bool = False) -> None:
     """Write the folder from which training goes on behind this step."""
     name = due.name.removesuffix(".safetensors") + "-state"
     s.emit(Phase(f"saving {name}"))
@@ -235,8 +247,12 @@ def save_state(s: Session, step: int, due: Due) -> None:
     parts = state.parts_of(s.network, s.optimizer, s.scheduler, s.accelerator.scaler)
     path = checkpoint.on_disk(
         s.output / name,
-        lambda folder: state.write(folder, step, s.seed, s.length.batches_per_epoch, s.config, parts, s.feed.pictures),
+        lambda folder: state.write(
+            folder, step, s.seed, s.length.batches_per_epoch, s.config, parts, s.feed.pictures, stopgap=stopgap
+        ),
     )
+    if s.resumed and s.resumed.folder != path:
+        state.supersede(s.resumed)
     log.info("saved %s", path)
     s.emit(Saved(str(path), step, s.length.epoch_of(step), "state"))
     s.retention.wrote(due, path, is_state=True)

@@ -67,8 +67,12 @@ class Session:
     check: Callable[[], None]
     retention: Retention
     trackers: trackers.Trackers
-    first_step: int = 1
+    resumed: state.State | None = None
     written: set[Path] = field(default_factory=set)
+
+    @property
+    def first_step(self) -> int:
+        return self.resumed.step + 1 if self.resumed else 1
 
 
 def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = lambda: None) -> Session:
@@ -81,7 +85,8 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
     torch.set_num_threads(training.threads)
     accelerator, precision = _accelerator(config, emit)
     dtype = COMPUTE[precision]
-    resumed = state.find(resolve(config.saving.resume))[0] if config.saving.resume else None
+    found = state.resumed(config, run.folder.parent)
+    resumed = found[0] if found else None
     seed = training.seed
     if seed is None:
         seed = resumed.seed if resumed else secrets.randbelow(2**32)
@@ -203,7 +208,7 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
         check=check,
         retention=Retention(config.saving),
         trackers=trackers.start(config, run, emit) if accelerator.is_main_process else trackers.Trackers(emit),
-        first_step=resumed.step + 1 if resumed else 1,
+        resumed=resumed,
     )
 
 

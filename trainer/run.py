@@ -134,6 +134,14 @@ class Run:
         return words, offset + len(whole)
 
 
+def all_runs(parent: Path) -> list[Run]:
+    """The runs in a folder, in no order."""
+    try:
+        return [Run(path) for path in parent.iterdir() if (path / "config.json").is_file()]
+    except FileNotFoundError:
+        return []
+
+
 def new_run(parent: Path, name: str) -> Run:
     """Make a folder for a new run: the time, then the output name; never one that exists."""
     slug = re.sub(r"[^\w.-]+", "-", name, flags=re.UNICODE).strip("-.") or "run"

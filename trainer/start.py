@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -29,6 +30,8 @@ class Requests:
         self.run = run
         self._offset = run.control.stat().st_size if run.control.exists() else 0
         self._waiting: set[str] = set()
+        self.signal = ""
+        """That asked for the stop, by name."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._signalled)
 
@@ -37,6 +40,7 @@ class Requests:
         if "stop" in self._waiting and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._waiting.add("stop")
+        self.signal = signal.Signals(number).name
 
     def _read(self) -> None:
         words, self._offset = self.run.requests(self._offset)
@@ -61,7 +65,7 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
 
     Whatever happens ends in an event: `ended`, or `failed` with the cause and what to change.
     """
-    checked = problems(preset, decode=False)
+    checked = problems(preset, decode=False, runs=folder.resolve().parent if folder else Path("runs"))
     if checked.config is None:
         print(ConfigError([p for p in checked.problems if p.severity == "error"]), file=sys.stderr)
         if folder is not None and folder.is_dir():
@@ -77,6 +81,7 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
     if not run.config.exists():
         kohya.save(run.config, preset.values, preset.kept)
     events = EventLog(run.events)
+    requests = Requests(run)
     with _logging_to(run):
         log.info("run: %s", run.folder)
         if checked.config.training.additional:
@@ -87,10 +92,10 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
             events.emit(Warned(str(problem)))
             log.warning("%s", problem)
         try:
-            return _train(checked.config, run, events)
+            return _train(checked.config, run, events, requests)
         except Stopped:
             log.info("stopped before the first step; there is nothing to save")
-            events.emit(Ended("stopped", 0, "", 0.0))
+            events.emit(Ended("stopped", 0, "", 0.0, requests.signal))
             return EXIT_STOPPED
         except BaseException as error:
             failed = explain(error)
@@ -102,9 +107,7 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
             return EXIT_FAILED
 
 
-def _train(config: Config, run: Run, events: EventLog) -> int:
-    requests = Requests(run)
-
+def _train(config: Config, run: Run, events: EventLog, requests: Requests) -> int:
     def emit(event: Event) -> None:
         events.emit(event)
         if isinstance(event, Warned):
@@ -140,6 +143,8 @@ def _train(config: Config, run: Run, events: EventLog) -> int:
         length.total_steps,
     )
     ended = loop(session, requests.take)
+    if ended.status == "stopped":
+        ended = replace(ended, by=requests.signal)
     events.emit(ended)
     log.info("%s after step %d: %s", ended.status, ended.step, ended.path)
     return EXIT_DONE if ended.status == "done" else EXIT_STOPPED

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -24,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.data.folders import Picture
 from trainer.errors import StateError
-from trainer.paths import shown
-from trainer.run import sweep
+from trainer.paths import resolve, shown
+from trainer.run import all_runs, sweep
 from trainer.schema import PARAMETERS, Config
 from trainer.schema.overrides import KEY, SECRET
 
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 
     from trainer.networks import Network
 
+log = logging.getLogger(__name__)
 FORMAT, VERSION = "lorawright state", 1
+AUTO = "auto"
 HEADER, TENSORS = "state.json", "tensors.safetensors"
 _NAME = re.compile(r"-state(-\d+)?$")
 
@@ -65,7 +68,10 @@ _NOTED = ("another image", "another caption", "other repeats")
 
 @dataclass(frozen=True)
 class State:
-    """A state folder's header: after which step it was written, with which seed and settings."""
+    """A state folder's header: after which step it was written, with which seed and settings.
+
+    `stopgap`: nobody asked to keep it; it stands for a training that was stopped, until that has gone on.
+    """
 
     folder: Path
     step: int
@@ -75,13 +81,15 @@ class State:
     digest: str
     packed: Mapping[str, Any]
     pictures: Mapping[str, Any]
+    stopgap: bool = False
 
     def leads_into(self, total_steps: int) -> None:
         """Raise StateError when a training of so many steps is over by then."""
         if self.step >= total_steps:
             raise StateError(
                 f'"{shown(self.folder)}" is at step {self.step}, and this training has {total_steps} in all.',
-                "Raise Epoch (epoch) or Max train steps (max_train_steps) to go on.",
+                "Raise Epoch (epoch) or Max train steps (max_train_steps) to go on, or leave Resume from saved training "
+                "state (resume) empty to start anew.",
             )
 
     def differences(self, config: Config, batches_per_epoch: int) -> list[str]:
@@ -165,8 +173,26 @@ def find(folder: Path) -> tuple[State, list[str]]:
     if not os.path.lexists(folder):
         sweep(folder.parent)  # a trainer may have been killed while it replaced this very one
     states = [] if _NAME.search(folder.name) or is_state(folder) else _inside(folder) or _inside(folder / "output")
-    if not states:
-        return read(folder), []
+    return _newest(states, folder) if states else (read(folder), [])
+
+
+def resumed(config: Config, runs: Path) -> tuple[State, list[str]] | None:
+    """The state that the settings mean, as `find` tells it; None where they mean none.
+
+    "auto" is the newest whole state of the output name in the output folder, or, where the settings leave each run
+    its own, in those of all `runs`. Raises StateError as `find` does.
+    """
+    asked = config.saving.resume
+    if asked != AUTO:
+        return find(resolve(asked)) if asked else None
+    own = re.compile(re.escape(config.saving.name) + r"(-\d{6}|-step\d{8})?" + _NAME.pattern)
+    outputs = [resolve(config.folders.output)] if config.folders.output else [run.output for run in all_runs(runs)]
+    states = [path for folder in outputs for path in _inside(folder) if own.fullmatch(path.name)]
+    return _newest(sorted(states, key=_written, reverse=True), outputs[0]) if states else None
+
+
+def _newest(states: Sequence[Path], folder: Path) -> tuple[State, list[str]]:
+    """The first that is whole, and why those before it are not."""
     passed = []
     for path in states:
         try:
@@ -185,9 +211,13 @@ def _inside(folder: Path) -> list[Path]:
     """The folders in a folder that are called as states are, those that were written last first."""
     try:
         inner = [path for path in folder.iterdir() if _NAME.search(path.name) and path.is_dir()]
-        return sorted(inner, key=lambda path: max(p.stat().st_mtime_ns for p in (path, *path.iterdir())), reverse=True)
+        return sorted(inner, key=_written, reverse=True)
     except (OSError, ValueError):  # no such folder; a path with NUL
         return []
+
+
+def _written(folder: Path) -> int:
+    return max(path.stat().st_mtime_ns for path in (folder, *folder.iterdir()))
 
 
 def read(folder: Path) -> State:
@@ -214,6 +244,7 @@ def read(folder: Path) -> State:
             str(header["digest"]),
             dict(header["parts"]),
             dict(header.get("pictures", {})),
+            bool(header.get("stopgap", False)),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, str(error) or type(error).__name__) from error
@@ -235,6 +266,8 @@ def write(
     config: Config,
     parts: Mapping[str, Any],
     pictures: Iterable[Picture] = (),
+    *,
+    stopgap: bool = False,
 ) -> Path:
     """Write a state folder; whole or not at all. Returns where it is.
 
@@ -276,6 +309,7 @@ def write(
             "digest": digest,
             "parts": packed,
             "pictures": fingerprint(pictures),
+            "stopgap": stopgap,
         }
         with (fresh / HEADER).open("w", encoding="utf-8") as text:
             json.dump(header, text)
@@ -295,6 +329,14 @@ def write(
         remove(fresh)
         raise
     return target
+
+
+def supersede(past: State | None) -> None:
+    """Delete a state that stood for a stopped training, now that this has gone on; any other stays."""
+    if past is None or not past.stopgap or not is_state(past.folder) or read(past.folder).digest != past.digest:
+        return
+    remove(past.folder)
+    log.info("deleted %s, which training has gone on from", past.folder)
 
 
 def remove(folder: Path) -> None:

@@ -130,7 +130,7 @@ class Live {
       sentence = doing ? `Now: ${doing}. Then it stops.` : "The step it is in is finished and saved.";
     } else if (state === "stopped" || state === "done") {
       const end = this.ended;
-      short = state === "done" ? `done · ${end?.step ?? ""} steps` : `stopped · at step ${end?.step ?? step?.step ?? 0}`;
+      short = state === "done" ? `done · ${end?.step ?? ""} steps` : `stopped${end?.by === "SIGTERM" ? " by the system" : ""} · at step ${end?.step ?? step?.step ?? 0}`;
       sentence = end?.path && end.path !== "None" ? `${end.path}${end.seconds ? ` · ${duration(end.seconds)}` : ""}` : "Nothing had been trained yet.";
     } else if (state === "crashed") {
       short = `crashed${step ? ` · at step ${step.step}` : ""}`;

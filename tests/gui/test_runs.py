@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gui import live, runs
+from gui import history, live, runs
 from gui.runs import BusyError, Runs
-from trainer.events import EventLog, Phase, Step
+from trainer.events import Ended, EventLog, Phase, Step
 from trainer.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -270,6 +270,37 @@ def test_a_trainer_does_not_die_with_its_server(shelf):
     run = started(shelf, "steps=500")
     wait(run, "running")
     assert os.getsid(run.process().pid) != os.getsid(0)
+
+
+def test_a_run_that_the_machine_was_taken_away_from_goes_on_from_its_newest_state(shelf):
+    assert shelf.go_on() is None
+    gone = started(shelf, "steps=60 pause=0.05 state")
+    assert shelf.go_on() is None, "it still runs"
+    until = time.monotonic() + 20
+    while not history.has_state(gone):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    runs.kill(gone)
+    assert shelf.go_on() is None, "it was killed from the page"
+    gone.killed.unlink()
+    assert shelf.go_on() is None, "the system killed it, most likely for its memory"
+    gone.exit.unlink()  # nobody was there any more to write it down
+    again = shelf.go_on()
+    assert json.loads(again.config.read_text())["resume"] == str(gone.output / "last-state")
+    assert json.loads(again.config.read_text())["kept_key"] == 7
+    runs.kill(again)
+    assert shelf.go_on() is None
+
+
+@pytest.mark.parametrize(("by", "goes_on"), [("SIGTERM", True), ("SIGINT", False), ("", False)])
+def test_a_run_that_was_stopped_goes_on_only_where_the_system_stopped_it(shelf, by, goes_on):
+    run = shelf.folder_for({"output_name": "cat", "training_comment": "steps=2", "resume": "auto"}, {})
+    EventLog(run.events).emit(Ended("stopped", 3, "", 1.0, by))
+    again = shelf.go_on()
+    assert (again is not None) == goes_on
+    if again is not None:
+        assert json.loads(again.config.read_text())["resume"] == "auto"
+        wait(again, "done")
 
 
 def test_the_key_reaches_the_trainer_and_no_file(shelf):

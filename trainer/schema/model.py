@@ -202,14 +202,16 @@ class Saving(Group):
         "Save training state",
         Section.SAVING,
         """A folder beside every saved file with all that is needed to go on from there: weights, optimizer,
-        scheduler, step. Takes about three times the file's room (the optimizer keeps two numbers a weight).""",
+        scheduler, step; also after a crash or a power cut. Takes about three times the file's room (the optimizer
+        keeps two numbers a weight). Off: only a stopped run leaves one, which goes once training has gone on past
+        it.""",
     )
     state_at_end: bool = parameter(
         "save_state_on_train_end",
         False,
         "Save training state at end of training",
         Section.SAVING,
-        """One such folder when training ends or is stopped, so that it can be prolonged later.""",
+        """One such folder when training ends, so that it can be prolonged later; that of a stop is kept, too.""",
     )
     resume: str = parameter(
         "resume",
@@ -219,7 +221,9 @@ class Saving(Group):
         """A state folder (NAME-state, NAME-000002-state …), or a folder with such, an output folder or a run's, of
         which the newest is taken, and where that is torn the one before it: training goes on at the step behind it
         as if it had never stopped. Give the same settings; what differs is listed at the start. To train longer than
-        planned, raise Epoch or Max train steps.""",
+        planned, raise Epoch or Max train steps. auto: the newest state of this Output name in the Output folder, or
+        in any run where that is empty; a start from nothing where there is none. Made for rented machines: the same
+        command again goes on by itself.""",
         kind="folder",
         placeholder="/output/last-000004-state",
     )
