@@ -20,9 +20,9 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--server_port", type=int, default=0, metavar="PORT", help="default: the first free one from 7860"
     )
-    parser.add_argument("--share", action="store_true", help="make a public link; needs --password")
+    parser.add_argument("--share", action="store_true", help="make a public link; always with a password")
     parser.add_argument("--username", default="me", help="for the login (default: %(default)s)")
-    parser.add_argument("--password", help="ask for this password; needed beyond this machine")
+    parser.add_argument("--password", help="ask for this password; beyond this machine one is made where none is given")
     parser.add_argument("--inbrowser", action="store_true", help="open the page in a browser")
     parser.add_argument("--headless", action="store_true", help="no browser on this machine; goes before --inbrowser")
     parser.add_argument(
@@ -57,11 +57,7 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
     given = arguments(words)
     from gui import guard
 
-    try:
-        guard.require_password(given.listen, given.share, given.password)
-    except guard.RefusedError as refusal:
-        print(refusal, file=sys.stderr)
-        return 2
+    password = guard.password_for(given.listen, given.share, given.password)
     from gui import words as vocabulary
 
     try:
@@ -80,8 +76,10 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
 
     from gui import page
     from gui.files import Roots
+    from gui.login import Login
     from gui.presets import Presets
     from gui.runs import Runs
+    from gui.view import PREFIX, View
 
     runs = given.runs.resolve()
     allowed: list[str] = []
@@ -99,7 +97,13 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
     if given.share:
         print("Asking for a share link …", flush=True)
     root_host = given.root_path.split("//", 1)[1].split("/")[0] if given.root_path and "//" in given.root_path else ""
-    hosts = guard.Hosts([*given.trusted_host, root_host], password=bool(given.password))
+    hosts = guard.Hosts([*given.trusted_host, root_host], password=bool(password))
+    middleware = [Middleware(guard.Guard, hosts=hosts)]
+    routes = [page.script_route(words)]
+    view = View(desk.runs, words) if password else None
+    if password and view:
+        middleware.append(Middleware(Login, username=given.username, password=password, beside=PREFIX, words=words))
+        routes.append(view.route())
     blocks = page.build(desk, words)
     try:
         _, local, shared = blocks.launch(
@@ -107,12 +111,11 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
             server_port=given.server_port or None,
             share=given.share,
             inbrowser=given.inbrowser and not given.headless,
-            auth=(given.username, given.password) if given.password else None,
             root_path=given.root_path,
             theme=page.theme(),
             head=page.style(),
             allowed_paths=allowed,
-            app_kwargs={"middleware": [Middleware(guard.Guard, hosts=hosts)], "routes": [page.script_route(words)]},
+            app_kwargs={"middleware": middleware, "routes": routes},
             max_file_size="1mb",
             footer_links=[],
             run_history=False,
@@ -132,6 +135,13 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
     print(f"Lorawright is at {local}", flush=True)
     if given.share:
         _tell_share(shared, hosts, blocks.server_port)
+    if password and view:
+        made = f' with the password "{password}", made for this start' if not given.password else ""
+        address = shared or (given.root_path if root_host else local)
+        print(f'Log in as "{given.username}"{made}.', flush=True)
+        if not given.share and not guard.is_loopback(given.listen):
+            print("From other machines: with this machine's name or address in place of localhost.", flush=True)
+        print(f"To look on only, without a password: {str(address).rstrip('/')}/{view.path}", flush=True)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

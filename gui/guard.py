@@ -1,4 +1,4 @@
-"""Who may talk to the page: a password beyond this machine, known hosts, no orders from other pages."""
+"""What the page answers, and to whom: known hosts, no orders from other pages, no routes that it does not use."""
 
 from __future__ import annotations
 
@@ -15,23 +15,39 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-class RefusedError(Exception):
-    """The page will not be served this way; the message says what to do instead."""
+ANSWERED = (
+    "/",
+    "/login",
+    "/config",
+    "/theme.css",
+    "/favicon.ico",
+    "/manifest.json",
+    "/gradio_api/app_id",
+    "/gradio_api/component_server",
+    "/gradio_api/info",
+    "/gradio_api/queue/status",
+    "/gradio_api/startup-events",
+)
+ANSWERED_UNDER = (
+    "/assets/",
+    "/static/",
+    "/lorawright-",
+    "/view/",
+    "/gradio_api/file=/",
+    "/gradio_api/heartbeat/",
+)
+"""What the page uses of Gradio's routes. The others would fetch from elsewhere, take uploads, run events by name."""
 
 
-def require_password(listen: str, share: bool, password: str | None, command: str = "python app.py") -> None:
-    """Raises RefusedError when others could reach the page and no password is set.
+def password_for(listen: str, share: bool, given: str | None) -> str | None:
+    """The password to ask for: the given one; where others could reach the page and none is given, a new one."""
+    return given or (secrets.token_urlsafe(12) if share or not is_loopback(listen) else None)
 
-    The message holds a command, with a new password in it, that can be pasted.
-    """
-    if password or (is_loopback(listen) and not share):
-        return
-    reach = "A share link can be opened by anyone" if share else f"{listen} can be reached from other machines"
-    flags = (f" --listen {listen}" if listen not in ("", "127.0.0.1") else "") + (" --share" if share else "")
-    raise RefusedError(
-        f"{reach}, so a password is needed. For instance:\n"
-        f"  {command}{flags} --username me --password {secrets.token_urlsafe(12)}"
-    )
+
+def path_of(scope: Scope) -> str:
+    """The path that is asked for, without what a proxy or Gradio puts in front of it."""
+    path, root = str(scope["path"]), str(scope.get("root_path") or "").rstrip("/")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def is_loopback(address: str) -> bool:
@@ -81,8 +97,13 @@ class Hosts:
         return True
 
 
+def answered(path: str) -> bool:
+    """Whether the page has any use for a path."""
+    return (path.rstrip("/") or "/") in ANSWERED or path.startswith(ANSWERED_UNDER)
+
+
 class Guard:
-    """Refuses unknown hosts, and orders (anything but reading) that come from another site's page."""
+    """Refuses unknown hosts, unused paths, and orders (anything but reading) that come from another site's page."""
 
     def __init__(self, app: ASGIApp, hosts: Hosts) -> None:
         self.app = app
@@ -92,11 +113,14 @@ class Guard:
         if scope["type"] in ("http", "websocket"):
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             refusal = self.refusal(scope.get("method", "GET"), headers, scope["type"])
-            if refusal:
+            used = scope["type"] == "http" and answered(path_of(scope))
+            if refusal or not used:
                 if scope["type"] == "websocket":
                     await send({"type": "websocket.close", "code": 1008})
                 else:
-                    await PlainTextResponse(refusal, 403)(scope, receive, send)
+                    await PlainTextResponse(refusal or "There is nothing here.", 403 if refusal else 404)(
+                        scope, receive, send
+                    )
                 return
         await self.app(scope, receive, send)
 

@@ -47,19 +47,25 @@ def translate(components: Iterable[Any], words: Words) -> None:
             if isinstance(text, str):
                 setattr(component, name, words.get(text, text))
         if component.get_block_name() == "html":
-            component.value = _MARKED.sub(lambda found: _in_markup(found[0], words), component.value)
+            component.value = in_markup(component.value, words)
+
+
+def in_markup(markup: str, words: Words) -> str:
+    """HTML with the words of a language between its tags and in the attributes that are read out."""
+    return _MARKED.sub(lambda found: _in_markup(found[0], words), markup)
 
 
 def english() -> list[str]:
     """All that the page says: its components, the markup in them, its scripts, and the help of parameters and tools."""
-    from gui import form, page, tools
+    from gui import form, login, page, tools, view
     from gui.files import Roots
     from gui.presets import Presets
     from gui.runs import Runs
 
     nowhere = Runs(FOLDER, FOLDER, ())
     desk = page.Desk(nowhere, Presets(FOLDER, FOLDER), Roots([]), allow=lambda path: None)
-    found = [*_of_scripts(page.script({}))]
+    found = [*_of_scripts(page.script({}) + view.script({})), *login.SAID]
+    found += [html.unescape(text.strip()) for text in _MARKED.findall(login.markup())]
     for component in page.build(desk).blocks.values():
         found += [getattr(component, name, None) or "" for name in PROPERTIES]
         if component.get_block_name() == "html":

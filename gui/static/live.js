@@ -7,18 +7,24 @@ class Live {
     this.server = server;
     this.form = form;
     this.chart = new Chart(byId("lw-loss"), byId("lw-readout"));
-    this.log = new Log(byId("lw-log"), byId("lw-follow"));
     this.samples = new Samples();
-    this.pinned = new URLSearchParams(location.hash.slice(1)).get("run") || "";
+    this.pinned = "";
     this.failures = 0;
+    this.controls();
     this.forget("");
+    document.addEventListener("visibilitychange", () => { if (!document.hidden) this.soon(0); });
+    this.poll();
+  }
+
+  // All that is not for those who only look on (view.js).
+  controls() {
+    this.log = new Log(byId("lw-log"), byId("lw-follow"));
+    this.pinned = new URLSearchParams(location.hash.slice(1)).get("run") || "";
     for (const word of ["sample", "save", "stop"]) byId(`lw-${word}-now`).addEventListener("click", () => this.told(this.request(word)));
     byId("lw-kill").addEventListener("click", () => this.told(this.kill()));
     byId("lw-jump").addEventListener("click", () => byId("live").scrollIntoView({ behavior: "smooth" }));
     byId("lw-latest").addEventListener("click", () => this.watch(""));
     byId("lw-log-file").addEventListener("click", (event) => { event.preventDefault(); this.told(this.download("log.txt")); });
-    document.addEventListener("visibilitychange", () => { if (!document.hidden) this.soon(0); });
-    this.poll();
   }
 
   // Follow one run, or with "" whichever is the newest.
@@ -32,7 +38,7 @@ class Live {
     Object.assign(this, { run, events: 0, logAt: 0, state: null, started: null, phase: null, step: null, saved: [], proofs: new Map(), warnings: [], ended: null, answer: null });
     this.chart.clear();
     this.samples.clear();
-    this.log.clear();
+    this.log?.clear();
   }
 
   soon(delay_ms) {
@@ -68,7 +74,7 @@ class Live {
     this.answer = answer;
     this.state = answer.state;
     this.events = answer.events;
-    if (answer.log_from !== this.logAt && this.logAt) this.log.clear();
+    if (this.log && answer.log_from !== this.logAt && this.logAt) this.log.clear();
     this.logAt = answer.log;
     for (const key of ["started", "phase", "step", "ended"]) if (answer[key]) this[key] = answer[key];
     this.saved.push(...answer.saved);
@@ -78,7 +84,7 @@ class Live {
     if (this.samples.add(answer.samples)) this.chart.samples = this.samples.steps();
     if (answer.points.length || answer.samples.length || !this.drawn) this.chart.draw();
     this.drawn = true;
-    this.log.add(answer.text);
+    this.log?.add(answer.text);
     this.show();
     if (answer.more || answer.log < answer.log_size && answer.text) return 0;
     if (document.hidden) return 5000;
@@ -87,8 +93,8 @@ class Live {
 
   idle() {
     this.state = null;
-    this.pill("idle", "no run yet");
-    this.say("Press Start training, and watch it here.");
+    this.pill("idle", t`no run yet`);
+    this.say(t`Press Start training, and watch it here.`);
     this.progress(0, 0);
     this.buttons();
     byId("lw-run").textContent = "";
@@ -98,8 +104,8 @@ class Live {
 
   unreachable(error) {
     if (this.failures < 2) return; // one lost answer is no news
-    this.pill("unreachable", error.status === 401 ? "logged out" : "server unreachable");
-    this.say(`${error.message} Training is not affected. ${error.status === 401 ? "" : "Trying again …"}`);
+    this.pill("unreachable", error.status === 401 ? t`logged out` : t`server unreachable`);
+    this.say(t`${error.message} Training is not affected. ${error.status === 401 ? "" : t`Trying again …`}`);
     document.title = "⚠ Lorawright";
   }
 
@@ -107,40 +113,40 @@ class Live {
     const { answer, state, step, phase } = this;
     const now = answer.now, total = step?.total || this.started?.total_steps || 0;
     const working = phase && phase.name !== "training" && (!step || phase.time >= step.time) ? phase : null;
-    const doing = working ? working.name + (working.total ? ` ${working.done}/${working.total}` : "") : phase && !step ? "first step" : "";
+    const doing = working ? working.name + (working.total ? ` ${working.done}/${working.total}` : "") : phase && !step ? t`first step` : "";
     byId("lw-run").textContent = this.run;
     byId("lw-run").title = this.run;
-    byId("lw-latest").hidden = !this.pinned;
 
     const quiet = now - answer.last_event;
     const alive = ["starting", "running", "stopping"].includes(state);
     let look = state, short = state, sentence = "", figures = [];
     if (state === "starting") {
-      short = `starting · ${doing || "launching the trainer"}`;
+      short = t`starting · ${doing || t`launching the trainer`}`;
       sentence = this.started ? this.outline() : "";
     } else if (state === "running") {
-      short = `running ${step.step}/${total}`;
-      figures.push(`epoch ${step.epoch}/${step.epochs}`);
-      if (step.steps_per_s > 0) figures.push(step.steps_per_s >= 1 ? `${step.steps_per_s.toFixed(1)} it/s` : `${(1 / step.steps_per_s).toFixed(1)} s/it`);
-      if ((step.seconds_left ?? null) !== null) figures.push(`ETA ${duration(Math.max(0, step.seconds_left - (now - step.time)))}`);
-      if (step.memory_bytes) figures.push(`${(step.memory_bytes / 2 ** 30).toFixed(1)} GB`);
-      sentence = doing ? `Now: ${doing}` : this.outline();
+      short = t`running ${step.step}/${total}`;
+      figures.push(t`epoch ${step.epoch}/${step.epochs}`);
+      if (step.steps_per_s > 0) figures.push(step.steps_per_s >= 1 ? t`${step.steps_per_s.toFixed(1)} it/s` : t`${(1 / step.steps_per_s).toFixed(1)} s/it`);
+      if ((step.seconds_left ?? null) !== null) figures.push(t`ETA ${duration(Math.max(0, step.seconds_left - (now - step.time)))}`);
+      if (step.memory_bytes) figures.push(t`${(step.memory_bytes / 2 ** 30).toFixed(1)} GB`);
+      sentence = doing ? t`Now: ${doing}` : this.outline();
     } else if (state === "stopping") {
-      short = step ? `stopping · saving at step ${step.step}` : "stopping";
-      sentence = doing ? `Now: ${doing}. Then it stops.` : "The step it is in is finished and saved.";
+      short = step ? t`stopping · saving at step ${step.step}` : t`stopping`;
+      sentence = doing ? t`Now: ${doing}. Then it stops.` : t`The step it is in is finished and saved.`;
     } else if (state === "stopped" || state === "done") {
       const end = this.ended;
-      short = state === "done" ? `done · ${end?.step ?? ""} steps` : `stopped${end?.by === "SIGTERM" ? " by the system" : ""} · at step ${end?.step ?? step?.step ?? 0}`;
-      sentence = end?.path && end.path !== "None" ? `${end.path}${end.seconds ? ` · ${duration(end.seconds)}` : ""}` : "Nothing had been trained yet.";
+      const at = end?.step ?? step?.step ?? 0;
+      short = state === "done" ? t`done · ${end?.step ?? ""} steps` : end?.by === "SIGTERM" ? t`stopped by the system · at step ${at}` : t`stopped · at step ${at}`;
+      sentence = this.result(end);
     } else if (state === "crashed") {
-      short = `crashed${step ? ` · at step ${step.step}` : ""}`;
+      short = step ? t`crashed · at step ${step.step}` : t`crashed`;
     }
     if (alive && quiet > QUIET_S) {
       look = "quiet";
-      sentence = `No sign of life for ${duration(quiet)}${doing ? `, in: ${doing}` : step ? `, after step ${step.step}` : ""}. Large models can take that long; the log may tell.`;
+      sentence = t`No sign of life for ${duration(quiet)}${doing ? t`, in: ${doing}` : step ? t`, after step ${step.step}` : ""}. Large models can take that long; the log may tell.`;
     }
     this.pill(look, short, figures);
-    this.announce(look === "quiet" ? "no sign of life" : state);
+    this.announce(look === "quiet" ? t`no sign of life` : state);
     this.say(sentence);
     this.progress(working && state === "starting" ? working.done : step?.step || 0, working && state === "starting" ? working.total : total, alive);
     this.crash(state === "crashed" ? answer.cause : null);
@@ -151,9 +157,15 @@ class Live {
     this.warn();
   }
 
+  // Where the file is, and how long it took.
+  result(end) {
+    if (!end?.path || end.path === "None") return t`Nothing had been trained yet.`;
+    return `${end.path}${end.seconds ? ` · ${duration(end.seconds)}` : ""}`;
+  }
+
   outline() {
     const s = this.started;
-    return s ? `${s.images} image${s.images === 1 ? "" : "s"} · ${s.family} · ${s.device} · ${s.precision} · seed ${s.seed}` : "";
+    return s ? t`${counted(s.images, "image")} · ${s.family} · ${s.device} · ${s.precision} · seed ${s.seed}` : "";
   }
 
   // What is between two figures is where a narrow panel may break the line.
@@ -164,8 +176,13 @@ class Live {
     pill.dataset.state = look;
     if (pill.textContent === text) return;
     pill.textContent = text;
+    this.headline(look, text.split(" · ")[0]);
+  }
+
+  // In the bar, where the panel is out of sight.
+  headline(look, text) {
     byId("lw-jump").dataset.state = look;
-    byId("lw-jump").textContent = text.split(" · ")[0];
+    byId("lw-jump").textContent = text;
   }
 
   // Said aloud by screen readers, so only when the state changes, not at every step.
@@ -191,6 +208,7 @@ class Live {
     const busy = state === "starting" || state === "running";
     byId("lw-sample-now").disabled = byId("lw-save-now").disabled = state !== "running";
     byId("lw-stop-now").disabled = !busy;
+    byId("lw-latest").hidden = !this.pinned;
     byId("lw-kill").hidden = !(state === "stopping" && answer.stop_asked && answer.now - answer.stop_asked > KILL_AFTER_S);
     byId("lw-actions").hidden = !(busy || state === "stopping");
   }
@@ -200,7 +218,7 @@ class Live {
     if (node.childElementCount === this.warnings.length) return;
     node.replaceChildren(...this.warnings.map((w) => make("li", {}, [w.message, w.hint].filter(Boolean).join(" "))));
     byId("lw-warnings-box").hidden = !this.warnings.length;
-    byId("lw-warnings-count").textContent = `${this.warnings.length} warning${this.warnings.length === 1 ? "" : "s"}`;
+    byId("lw-warnings-count").textContent = counted(this.warnings.length, "warning");
   }
 
   crash(cause) {
@@ -214,7 +232,7 @@ class Live {
       make("p", { class: "lw-row" },
         ...cause.keys.filter((k) => this.form.known(k)).map((k) =>
           make("button", { class: "lw-link lw-control", type: "button", onclick: () => this.form.focus(k) }, this.form.label(k))),
-        make("button", { class: "lw-link", type: "button", onclick: () => this.told(this.download("log.txt")) }, "Whole log")));
+        make("button", { class: "lw-link", type: "button", onclick: () => this.told(this.download("log.txt")) }, t`Whole log`)));
   }
 
   files() {
@@ -228,7 +246,7 @@ class Live {
     node.replaceChildren(...latest.map((s) =>
       make("button", { class: `lw-button ${s.what === "final" ? "lw-primary" : ""}`, type: "button", title: s.path,
         onclick: () => this.told(this.download(name(s.path))) }, `↓ ${name(s.path)}${this.mark(s.path)}`)));
-    if (ready.length > latest.length) node.append(make("span", { class: "lw-facts" }, `and ${ready.length - latest.length} earlier`));
+    if (ready.length > latest.length) node.append(make("span", { class: "lw-facts" }, t`and ${ready.length - latest.length} earlier`));
     const proof = latest.length ? this.proofs.get(latest[0].path) : null;
     if (proof) node.append(this.proof(proof));
   }
@@ -241,7 +259,7 @@ class Live {
   // What reading the newest file back has shown: a sentence, and behind it all that was proved.
   proof(proof) {
     const bad = proof.problems.length > 0;
-    const whole = proof.loads_in.length ? `✓ loads in ${proof.loads_in.join(", ")}` : "✓ whole, but no other program is known to load it";
+    const whole = proof.loads_in.length ? t`✓ loads in ${proof.loads_in.join(", ")}` : t`✓ whole, but no other program is known to load it`;
     const others = Object.entries(proof.passed_over).map(([program, why]) => `${program} ${why}.`);
     return make("details", { class: `lw-proof ${bad ? "lw-bad" : ""}` },
       make("summary", {}, bad ? `✗ ${proof.problems.join(" ")}` : whole),
@@ -250,7 +268,7 @@ class Live {
 
   // An order that fails is told, not lost.
   told(order) {
-    return order.catch((error) => this.say(`This did not arrive. ${error.message}`));
+    return order.catch((error) => this.say(t`This did not arrive. ${error.message}`));
   }
 
   async request(word) {
@@ -260,15 +278,15 @@ class Live {
   }
 
   async kill() {
-    const text = make("p", {}, "The trainer ends at once. What it learned since the last saved file is lost.");
-    if ((await ask("Kill the trainer?", text, [["", "Leave it"], ["kill", "Kill", "lw-danger"]])) !== "kill") return;
+    const text = make("p", {}, t`The trainer ends at once. What it learned since the last saved file is lost.`);
+    if ((await ask(t`Kill the trainer?`, text, [["", t`Leave it`], ["kill", t`Kill`, "lw-danger"]])) !== "kill") return;
     await this.server.control({ run: this.run, word: "kill" });
     this.soon(0);
   }
 
   async download(name, run = this.run) {
     const answer = await this.server.download({ run, name });
-    if (!answer.path) { this.say(`${name} is no longer there.`); return; }
+    if (!answer.path) { this.say(t`${name} is no longer there.`); return; }
     const link = make("a", { href: fileAddress(answer.path), download: name });
     document.body.append(link);
     link.click();
@@ -277,8 +295,8 @@ class Live {
 }
 
 function duration(seconds) {
-  if (seconds < 60) return `${Math.max(1, Math.round(seconds))} s`;
-  if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
+  if (seconds < 60) return t`${Math.max(1, Math.round(seconds))} s`;
+  if (seconds < 5400) return t`${Math.round(seconds / 60)} min`;
   const hours = Math.floor(seconds / 3600);
-  return `${hours} h ${Math.round((seconds - hours * 3600) / 60)} min`;
+  return t`${hours} h ${Math.round((seconds - hours * 3600) / 60)} min`;
 }

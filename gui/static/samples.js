@@ -55,7 +55,7 @@ class Samples {
 
   picture(sample, tag) {
     return make("button", { class: "lw-picture", type: "button", onclick: () => this.large(sample), "aria-label": t`${sample.prompt}, ${tag}, open large` },
-      make("img", { src: fileAddress(sample.path), alt: `${sample.prompt}, ${tag}`, loading: "lazy" }),
+      make("img", { src: sample.address || fileAddress(sample.path), alt: `${sample.prompt}, ${tag}`, loading: "lazy" }),
       make("span", {}, tag));
   }
 
@@ -68,7 +68,7 @@ class Samples {
     const show = (found) => {
       if (!found) return;
       const when = found.strength === 0 ? t`without the LoRA` : step === 0 ? t`before training` : t`step ${step}`;
-      image.src = fileAddress(found.path);
+      image.src = found.address || fileAddress(found.path);
       image.alt = `${found.prompt}, ${when}`;
       text.textContent = t`${when} · seed ${found.seed} · ${found.prompt}`;
     };

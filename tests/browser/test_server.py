@@ -1,13 +1,15 @@
 import http.client
 import json
+import re
 import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.browser.conftest import FAKE, ROOT, serving, wait_ready
+from tests.browser.conftest import FAKE, ROOT, eventually, serving, set_text, wait_ready
 from tests.browser.test_form import load, put_preset
+from tests.browser.test_live import loss_is_drawn
 from trainer.schema import defaults
 
 
@@ -84,27 +86,76 @@ def test_files_outside_the_runs_samples_are_not_served(server):
         )
 
 
-def test_a_password_keeps_everything_behind_the_login(tmp_path, visit):
-    with serving(tmp_path / "runs", FAKE, "--username", "me", "--password", "let me in") as server:
-        assert ask(server, "POST", "/gradio_api/component_server/", "{}")[0] == 401
-        assert ask(server, "GET", "/config")[0] == 401
-        page = visit(server, ready=False)
-        for password in ("wrong", "let me in"):
-            page.get_by_label("username").fill("me")
-            page.get_by_label("password").fill(password)
-            page.get_by_role("button", name="Login").click()
-            if password == "wrong":
-                page.wait_for_selector("text=Incorrect Credentials")
-        wait_ready(page)
+def test_unused_routes_are_closed(server):
+    for method, path in (
+        ("POST", "upload"),
+        ("POST", "queue/join"),
+        ("GET", "proxy=http://127.0.0.1:9/"),
+        ("POST", "run/x"),
+    ):
+        assert ask(server, method, f"/gradio_api/{path}", "{}" if method == "POST" else None)[0] == 404
 
 
-@pytest.mark.parametrize("flags", [["--listen", "0.0.0.0"], ["--share"]])
-def test_reaching_out_without_a_password_is_refused_with_a_command_that_works(tmp_path, flags):
-    command = [sys.executable, "app.py", "--runs", str(tmp_path / "runs"), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "--password " in done.stderr and " ".join(flags) in done.stderr
-    assert not (tmp_path / "runs").exists()
+@pytest.fixture
+def guarded(tmp_path):
+    """A page that others could reach, with the password that was made for it."""
+    with serving(tmp_path / "runs", FAKE, "--listen", "0.0.0.0") as server:
+        told = "".join(server.process.stdout.readline() for _ in range(3))
+        server.password = re.search('password "(.+?)"', told)[1]
+        server.link = re.search("/(view/.+)", told)[1]
+        yield server
+
+
+def test_a_page_that_others_can_reach_asks_for_a_password_and_has_a_link_to_look_on(guarded, visit):
+    assert ask(guarded, "GET", "/config")[0] == 401
+    page = visit(guarded, ready=False)
+    for password, answer in (("wrong", "is wrong"), (guarded.password, None)):
+        page.get_by_label("User name").fill("me")
+        page.get_by_label("Password").fill(password)
+        page.get_by_role("button", name="Log in").click()
+        if answer:
+            page.get_by_role("alert").get_by_text(answer).wait_for()
+    wait_ready(page)
+
+    onlooker = visit(guarded, guarded.link, width=390)
+    assert "no run yet" in onlooker.inner_text("#lw-pill")
+    set_text(page, "training_comment", "steps=400")
+    page.get_by_role("button", name="Start training").click()
+    # Its policy forbids the page to evaluate text, and so Playwright's waiting for functions.
+    onlooker.wait_for_selector("#lw-pill[data-state=running]")
+    pictures = "[...document.querySelectorAll('#lw-samples img')].filter(image => image.naturalWidth).length"
+    eventually(lambda: onlooker.evaluate(pictures) > 1)
+    assert loss_is_drawn(onlooker)
+    assert onlooker.get_by_role("button").count() == onlooker.locator(".lw-picture").count()
+    assert onlooker.evaluate("document.documentElement.scrollWidth") <= 390
+    assert onlooker.context.cookies() == []
+
+    # Everything that the page can do, asked for by someone who has the link and no password.
+    component = page.evaluate("window.gradio_config.components.find(c => c.props.elem_id === 'bar').id")
+    run = next(path.name for path in guarded.runs.glob("2*"))
+    before = sorted(str(path) for path in guarded.runs.rglob("*") if "samples" not in str(path))
+    orders = {"control": {"run": run, "word": "kill"}, "delete": {"run": run, "sure": True}}
+    for name in page.evaluate("window.gradio_config.components.find(c => c.props.elem_id === 'bar').props.server_fns"):
+        order = {"data": orders.get(name, {}), "component_id": component, "fn_name": name, "session_hash": "x"}
+        for prefix in ("/", f"/{guarded.link}"):
+            status, text = ask(
+                guarded,
+                "POST",
+                f"{prefix}gradio_api/component_server/",
+                json.dumps(order),
+                Content_Type="application/json",
+                Cookie=f"lorawright-{guarded.port}={guarded.link.split('/')[1]}",
+                Authorization=f"Bearer {guarded.link.split('/')[1]}",
+            )
+            assert status in (401, 405), (name, status, text)
+    owner = "; ".join(f"{cookie['name']}={cookie['value']}" for cookie in page.context.cookies())
+    path, headers = "/gradio_api/component_server/", {"Content_Type": "application/json", "Cookie": owner}
+    assert ask(guarded, "POST", path, json.dumps({**order, "fn_name": "runs"}), **headers)[0] == 200
+    after = sorted(str(path) for path in guarded.runs.rglob("*") if "samples" not in str(path))
+    assert after == before
+    onlooker.wait_for_selector("#lw-pill[data-state=running]")
+    page.get_by_role("button", name="Stop", exact=True).click()
+    onlooker.wait_for_selector("#lw-pill[data-state=stopped]")
 
 
 def test_a_taken_port_is_told_in_a_sentence(server, tmp_path):

@@ -1,41 +1,68 @@
 import pytest
 
-from gui.guard import Guard, Hosts, RefusedError, host_of, is_loopback, require_password
+from gui.guard import ANSWERED, Guard, Hosts, answered, host_of, is_loopback, password_for, path_of
 
 
-@pytest.mark.parametrize(
-    ("listen", "share", "password"),
-    [
-        ("127.0.0.1", False, None),
-        ("localhost", False, None),
-        ("::1", False, None),
-        ("0.0.0.0", False, "x"),
-        ("", True, "x"),
-    ],
-)
-def test_welcome(listen, share, password):
-    require_password(listen, share, password)
+@pytest.mark.parametrize("listen", ["127.0.0.1", "localhost", "::1", ""])
+def test_on_this_machine_no_password_is_asked_for(listen):
+    assert password_for(listen, False, None) is None
 
 
 @pytest.mark.parametrize(
     ("listen", "share"),
     [("0.0.0.0", False), ("::", False), ("192.168.1.4", False), ("127.0.0.1", True), ("gpu.example", False)],
 )
-def test_others_need_a_password_and_get_a_command_with_one(listen, share):
-    with pytest.raises(RefusedError) as refused:
-        require_password(listen, share, "")
-    text = str(refused.value)
-    assert "--password " in text and len(text.split("--password ")[1].strip()) >= 12
-    assert ("--share" in text) == share
+@pytest.mark.parametrize("given", [None, ""])
+def test_where_others_could_reach_the_page_a_new_password_is_made(listen, share, given):
+    made = {password_for(listen, share, given) for _ in range(3)}
+    assert len(made) == 3 and all(len(password) >= 16 for password in made)
 
 
-def test_each_password_is_new():
-    messages = set()
-    for _ in range(3):
-        with pytest.raises(RefusedError) as refused:
-            require_password("0.0.0.0", False, None)
-        messages.add(str(refused.value))
-    assert len(messages) == 3
+def test_a_given_password_is_kept():
+    assert password_for("0.0.0.0", True, "mine") == password_for("127.0.0.1", False, "mine") == "mine"
+
+
+@pytest.mark.parametrize("path", [*ANSWERED, "/assets/x.js", "/gradio_api/file=/tmp/x.png", "/view/x/poll"])
+def test_what_the_page_uses_is_answered(path):
+    assert answered(path) and answered(f"{path}/")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/upload",
+        "/gradio_api/proxy=http://elsewhere.example",
+        "/gradio_api/file=http://elsewhere.example/x.png",
+        "/gradio_api/file=https:/elsewhere.example",
+        "/gradio_api/queue/join",
+        "/gradio_api/run/predict",
+        "/gradio_api/call/x",
+        "/gradio_api/process_recording",
+        "/gradio_api/vibe-code",
+        "/gradio_api/token",
+        "/logout",
+        "/monitoring",
+        "/x",
+        "//",
+        "/viewer",
+    ],
+)
+def test_routes_that_the_page_does_not_use_are_closed(path):
+    assert answered(path) == (path == "//")
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "rest"),
+    [
+        ("/lora/login", "/lora", "/login"),
+        ("/login", "/lora", "/login"),
+        ("/lorax/login", "/lora", "/lorax/login"),
+        ("/login", "", "/login"),
+        ("/lora/", "/lora/", "/"),
+    ],
+)
+def test_what_a_proxy_puts_in_front_of_a_path_is_taken_off(path, root, rest):
+    assert path_of({"path": path, "root_path": root}) == rest
 
 
 @pytest.mark.parametrize(
