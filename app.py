@@ -31,7 +31,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trusted_host", metavar="NAME", action="append", default=[], help="another name of this page, behind a proxy"
     )
-    parser.add_argument("--language", default="english", help="the page's words: a file of gui/words, for instance de")
+    parser.add_argument(
+        "--language",
+        default="english",
+        help="the page's words: a file of gui/words, for instance de, or a .json of your own",
+    )
     parser.add_argument(
         "--runs", type=Path, default=HERE / "runs", metavar="FOLDER", help="where runs are kept (default: runs/)"
     )

@@ -32,10 +32,11 @@ def languages() -> list[str]:
 
 
 def load(language: str) -> Words:
-    """A language's words by the English ones. Raises OSError or ValueError where there is no such file, or no JSON."""
+    """The words by the English ones, of a language or of a .json file. Raises OSError or ValueError for what is none."""
     if language == ENGLISH.stem:
         return {}
-    words = json.loads((FOLDER / f"{language}.json").read_text(encoding="utf-8"))
+    path = Path(language) if language.endswith(".json") else FOLDER / f"{language}.json"
+    words = json.loads(path.read_text(encoding="utf-8"))
     return {str(english): str(other) for english, other in words.items()}
 
 
