@@ -7,6 +7,7 @@ with; whatever stands below it stays.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 from gui.files import Roots
 from trainer.check import settings
 from trainer.data import folders
-from trainer.data.folders import CAPTION_SUFFIXES, Picture
+from trainer.data.folders import CAPTION_SUFFIXES, Picture, first_line
 from trainer.paths import DEMO
 from trainer.run import write_whole
 
@@ -50,7 +51,9 @@ class Captions:
         """What an order would change, and with `sure` the change: how many files, and some before and after.
 
         "write": the caption of the image `path` becomes `text`. For all training images: "replace" `find` by
-        `by`, "add" the tag `text` in front or at the `end`, "remove" the tag `text`. Raises RefusedError.
+        `by`, "add" the tag `text` in front or at the `end`, "remove" the tag `text`, put `text` before ("prefix") or
+        behind ("suffix") the caption, or take the caption from the file's "name" or its "folder": where there
+        is no caption file, or for `all`. Raises RefusedError.
         """
         with self._lock:
             edits = self._edits(values, order)
@@ -59,7 +62,7 @@ class Captions:
                 self._backup(what, edits)
                 for edit in edits:
                     _write(edit.file, edit.after)
-        examples = [[e.file.name, _first(e.before or ""), _first(e.after)] for e in edits[:MOST_EXAMPLES]]
+        examples = [[e.file.name, first_line(e.before or ""), first_line(e.after)] for e in edits[:MOST_EXAMPLES]]
         return {"count": len(edits), "examples": examples}
 
     def undoable(self) -> str:
@@ -118,7 +121,7 @@ class Captions:
         change = _change(order)
         edits: dict[Path, Edit] = {}  # two images whose names differ in their ending share one
         for picture in chosen:
-            file = _caption_file(picture.path, suffix)
+            file = picture.caption_file or picture.path.with_name(picture.path.stem + suffix)
             if not self._ours(file):
                 raise RefusedError(
                     f'"{file}" is outside the folders that this page may change, part of this program, or a link.'
@@ -126,7 +129,7 @@ class Captions:
             before = _read(file)
             after = change(picture, before)
             created = before is None and after is not None
-            if after is not None and (created or after != _first(before or "")):
+            if after is not None and (created or after != first_line(before or "")):
                 edits[file] = Edit(file, before, _with_first(before or "", after))
         return list(edits.values())
 
@@ -139,54 +142,65 @@ def _change(order: Mapping[str, Any]) -> Callable[[Picture, str | None], str | N
         raise RefusedError(f"This is longer than {LONGEST} characters.")
     if how == "write":
         return lambda picture, before: text
+    if how in ("name", "folder"):
+
+        def take(picture: Picture, before: str | None) -> str | None:
+            words = words_of(picture.path.stem) if how == "name" else picture.class_tokens or words_of(picture.folder)
+            return words if words and (before is None or order.get("all")) else None
+
+        return take
     if how == "replace" and find:
-        return lambda picture, before: None if before is None else _first(before).replace(find, by).strip()
+        return lambda picture, before: None if before is None else first_line(before).replace(find, by).strip()
     if how == "remove" and text:
         return lambda picture, before: (
             None
             if before is None or text not in _tags(before)
             else _joined(tag for tag in _tags(before) if tag != text)
         )
-    if how == "add" and text:
+    if how in ("add", "prefix", "suffix") and text:
 
         def add(picture: Picture, before: str | None) -> str | None:
             # Where there is no file, the folder's name is the caption, and shall stay part of it.
-            tags = _tags(before if before is not None else picture.caption or "")
-            if text in tags:
-                return None
-            return _joined([*tags, text] if order.get("end") else [text, *tags])
+            caption = first_line(before) if before is not None else picture.caption or ""
+            return _with_tag(caption, text, bool(order.get("end"))) if how == "add" else _with_words(caption, text, how)
 
         return add
     raise RefusedError("Enter what is to be found, or the tag.")
 
 
+def words_of(name: str) -> str:
+    """What a file's name says: blue_cat-03 → blue cat; "" where it is only a number."""
+    words = re.sub(r"[\s_-]+", " ", name).strip()
+    return re.sub(r"^(\d+( |$))+|( \d+| ?\(\d+\))+$", "", words).strip()
+
+
+def _with_tag(caption: str, tag: str, at_end: bool) -> str | None:
+    tags = _tags(caption)
+    if tag in tags:
+        return None
+    return _joined([*tags, tag] if at_end else [tag, *tags])
+
+
+def _with_words(caption: str, words: str, how: str) -> str | None:
+    """A caption with words before or behind it, a blank between where there is no comma; None where they are there."""
+    if how == "prefix":
+        return None if caption.startswith(words) else f"{words} {caption}".strip()
+    blank = "" if words[0] in ",.;:!?" else " "
+    return None if caption.endswith(words) else f"{caption}{blank}{words}".strip()
+
+
 def _tags(text: str) -> list[str]:
-    return [tag.strip() for tag in _first(text).split(",") if tag.strip()]
+    return [tag.strip() for tag in first_line(text).split(",") if tag.strip()]
 
 
 def _joined(tags: Any) -> str:
     return ", ".join(tags)
 
 
-def _first(text: str) -> str:
-    """The caption in a file's text, as the trainer reads it."""
-    lines = text.removeprefix("\ufeff").strip().splitlines()
-    return lines[0].strip() if lines else ""
-
-
 def _with_first(text: str, caption: str) -> str:
     """A file's text with another caption; what stands below it stays."""
     first, *below = text.removeprefix("\ufeff").lstrip().splitlines(keepends=True) or [""]
     return caption + first[len(first.rstrip("\r\n")) :] + "".join(below)
-
-
-def _caption_file(image: Path, suffix: str) -> Path:
-    """The image's caption file, whatever the case of its name, or where it would be."""
-    file = image.with_name(image.stem + suffix)
-    if file.exists() or file.is_symlink():
-        return file
-    same = (other for other in image.parent.iterdir() if other.name.lower() == file.name.lower())
-    return next(same, file)
 
 
 def _read(file: Path) -> str | None:

@@ -6,7 +6,7 @@ import base64
 import io
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from gui.files import IMAGE_ENDINGS
 from trainer.check import settings
-from trainer.data import folders
+from trainer.data import folders, overflow
 from trainer.data.batches import batches_per_epoch
 from trainer.data.buckets import Buckets, Size
 from trainer.data.folders import Picture
@@ -46,7 +46,7 @@ def dataset(values: Mapping[str, Any]) -> dict[str, Any]:
     seen: Counter[Size] = Counter()
     for place, picture in zip(places, pictures, strict=True):
         seen[place] += picture.repeats
-    problems += _lonely(config, seen)
+    problems += [*_lonely(config, counted, seen), *overflow.problems(pictures, config.captions)]
     return {
         "folders": [
             {
@@ -75,7 +75,6 @@ def _placed(
     except DataError as error:
         problems.append(problem_with("max_resolution", error))
         buckets = None
-    suffix = folders.caption_suffix(config.captions)
     images, places, small = [], [], []
     for picture in pictures:
         place, crop = (0, 0), None
@@ -90,6 +89,8 @@ def _placed(
         except DataError as error:
             problems.append(problem_with("train_data_dir", f'"{picture.path.name}": {error}'))
         places.append(place)
+        captions = config.captions
+        tokens, cut = overflow.measured(picture.caption or "", captions.max_tokens, captions.weighted)
         images.append(
             {
                 "path": str(picture.path),
@@ -99,7 +100,9 @@ def _placed(
                 "bucket": place,
                 "crop": crop,
                 "caption": picture.caption,
-                "captioned": picture.path.with_suffix(suffix).is_file(),
+                "captioned": picture.caption_file is not None,
+                "tokens": tokens,
+                "cut": cut,
             }
         )
     if small:
@@ -109,18 +112,32 @@ def _placed(
     return images, places
 
 
-def _lonely(config: Config, seen: Mapping[Size, int]) -> list[Problem]:
-    """Buckets that never fill a batch, each of which costs a step for less."""
+def _lonely(config: Config, counted: Mapping[Size, int], seen: Mapping[Size, int]) -> Iterator[Problem]:
+    """Buckets that never fill a batch, each of which costs a step for less, or fill it with one image alone."""
     batch = config.training.batch_size
-    lone = [place for place, count in seen.items() if count < batch and place != (0, 0)]
-    if not lone or len(seen) == 1:
-        return []
-    sizes = ", ".join(f"{wide}×{high}" for wide, high in sorted(lone)[:5]) + (", …" if len(lone) > 5 else "")
-    message = (
-        f"{batch} is more than some buckets hold in an epoch ({sizes}): their batches stay smaller. Crop those "
-        "images to the shape of the others, or lower it."
-    )
-    return [problem_with("train_batch_size", message, "warning")]
+    found = sorted(place for place in seen if place != (0, 0))
+    short = [place for place in found if seen[place] < batch]
+    single = [place for place in found if counted[place] == 1 < batch <= seen[place]]
+    fewer = "Crop those images to the shape of the others, raise Bucket resolution steps (bucket_reso_steps)"
+    if short and len(found) == 1:
+        message = f"{batch} is more than all the images that an epoch sees ({seen[short[0]]}). Raise the repeats, or lower it."
+        yield problem_with("train_batch_size", message, "warning")
+    elif short:
+        message = (
+            f"{batch} is more than some buckets hold in an epoch ({_sizes(short)}): their batches stay smaller. "
+            f"{fewer} so that there are fewer buckets, or lower it."
+        )
+        yield problem_with("train_batch_size", message, "warning")
+    if single and len(found) > 1:
+        message = (
+            f"{len(single)} bucket(s) of a single image ({_sizes(single)}): a batch of {batch} holds it over "
+            f"and over, and nothing else. {fewer}, or add images of that shape."
+        )
+        yield problem_with("train_data_dir", message, "warning")
+
+
+def _sizes(places: Sequence[Size]) -> str:
+    return ", ".join(f"{wide}×{high}" for wide, high in places[:5]) + (", …" if len(places) > 5 else "")
 
 
 def _tags(pictures: Sequence[Picture]) -> Counter[str]:

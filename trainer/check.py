@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import state
-from trainer.data import folders, images
+from trainer.data import folders, images, overflow
 from trainer.data.batches import batches_per_epoch
 from trainer.data.buckets import Buckets, Size
 from trainer.data.folders import Picture
@@ -84,6 +84,7 @@ def problems(preset: Preset, *, decode: bool = True, ask: bool = True, runs: Pat
         *_network_weights(config, model),
         *survey.problems,
         *place_problems,
+        *overflow.problems(survey.dataset.pictures, config.captions),
         *_output(config),
         *_logging(config),
         *_samples(config),

@@ -43,7 +43,7 @@ class DatasetTab {
         this.key = key;
       }
     } catch (error) {
-      byId("lw-dataset-sum").textContent = `${error.message} Trying again …`;
+      byId("lw-dataset-sum").textContent = t`${error.message} Trying again …`;
       await new Promise((resolve) => { setTimeout(resolve, 3000); });
     } finally {
       this.timer = undefined;
@@ -54,23 +54,23 @@ class DatasetTab {
     byId("lw-dataset-place").textContent = entries.train_data_dir;
     const { steps, folders, images, buckets, tags } = found;
     byId("lw-dataset-sum").replaceChildren(...(folders.length ? [
-      folders.map((f) => `${f.images} × ${f.repeats} (${f.name}${f.regularisation ? ", regularisation" : ""})`).join(" + "),
-      steps ? make("b", {}, ` = ${counted(steps.seen, "image")} an epoch`) : "",
-      steps ? ` in ${counted(steps.batches, "batch", "batches")} of ${steps.batch} × ${counted(steps.epochs, "epoch")}${steps.accumulation > 1 ? ` ÷ ${steps.accumulation} a step` : ""} = ` : "",
+      folders.map((f) => `${f.images} × ${f.repeats} (${f.name}${f.regularisation ? t`, regularisation` : ""})`).join(" + "),
+      steps ? make("b", {}, t` = ${counted(steps.seen, "image")} an epoch`) : "",
+      steps ? t` in ${counted(steps.batches, "batch", "batches")} of ${steps.batch} × ${counted(steps.epochs, "epoch")}${steps.accumulation > 1 ? t` ÷ ${steps.accumulation} a step` : ""} = ` : "",
       steps ? make("b", {}, counted(steps.steps, "step")) : "",
-    ] : ["No images yet: choose a folder that holds folders like “10_cat” (each image ten times an epoch), or images."]));
+    ] : [t`No images yet: choose a folder that holds folders like “10_cat” (each image ten times an epoch), or images.`]));
     byId("lw-dataset-problems").replaceChildren(...found.problems.map((p) => this.banner.line(p)));
     byId("lw-dataset-parts").hidden = !images.length;
     const most = Math.max(...buckets.map(([, , , seen]) => seen), 1);
     byId("lw-buckets").replaceChildren(...buckets.map(([wide, high, count, seen]) => make("div", { class: "lw-bucket" },
-      make("span", {}, wide ? `${wide}×${high}` : "none"), make("span", { class: "lw-bar", style: `width:${(60 * seen) / most}%` }),
-      make("span", { class: "lw-facts" }, `${counted(count, "image")}, ${seen} seen`))));
+      make("span", {}, wide ? `${wide}×${high}` : t`none`), make("span", { class: "lw-bar", style: `width:${(60 * seen) / most}%` }),
+      make("span", { class: "lw-facts" }, t`${counted(count, "image")}, ${seen} seen`))));
     this.tag = tags.some(([tag]) => tag === this.tag) ? this.tag : "";
     byId("lw-tags").replaceChildren(...tags.map(([tag, count]) => make("button", { class: "lw-chip", type: "button", "data-tag": tag,
       "aria-pressed": String(tag === this.tag), onclick: () => this.choose(tag) }, tag, " ", make("span", {}, String(count)))),
-      tags.length ? "" : make("span", { class: "lw-facts" }, "No captions."));
+      tags.length ? "" : make("span", { class: "lw-facts" }, t`No captions.`));
     byId("lw-captions-undo").hidden = !found.undo;
-    byId("lw-captions-undo").textContent = `Undo: ${found.undo}`;
+    byId("lw-captions-undo").textContent = t`Undo: ${found.undo}`;
     this.seen.disconnect();
     this.wanted.clear();
     this.more = found.more;
@@ -82,12 +82,13 @@ class DatasetTab {
     const [left, top, wide, high] = image.crop || [0, 0, 1, 1];
     const frame = make("div", { class: "lw-thumb", style: `aspect-ratio:${image.size[0]}/${image.size[1]}` },
       make("div", { class: "lw-crop", style: `left:${100 * left}%;top:${100 * top}%;width:${100 * wide}%;height:${100 * high}%` }));
-    const cut = image.crop ? `${image.size[0]}×${image.size[1]} → ${image.bucket[0]}×${image.bucket[1]}` : `${image.size[0]}×${image.size[1]}, fits no bucket`;
+    const cut = image.crop ? `${image.size[0]}×${image.size[1]} → ${image.bucket[0]}×${image.bucket[1]}` : t`${image.size[0]}×${image.size[1]}, fits no bucket`;
     const card = make("figure", { class: "lw-card" }, frame, make("figcaption", {},
-      make("textarea", { class: `lw-caption ${image.captioned ? "" : "lw-borrowed"}`, rows: 3, value: image.caption || "", placeholder: "no caption",
-        title: image.captioned ? "" : "From the folder's name: there is no caption file", "aria-label": `Caption of ${image.folder}/${image.name}`,
+      make("textarea", { class: `lw-caption ${image.captioned ? "" : "lw-borrowed"}`, rows: 3, value: image.caption || "", placeholder: t`no caption`,
+        title: image.captioned ? "" : t`From the folder's name: there is no caption file`, "aria-label": t`Caption of ${image.folder}/${image.name}`,
         onkeydown: (event) => { if (event.key === "Enter") { event.preventDefault(); event.target.blur(); } },
         onchange: (event) => this.write(image, event.target) }),
+      image.cut && make("p", { class: "lw-cut", title: image.cut }, t`${image.tokens} tokens, cut: ${image.cut}`),
       make("p", { class: "lw-facts" }, `${image.folder}/${image.name} · ${cut}`)));
     Object.assign(card, { image, frame });
     const known = this.thumbnails.get(image.path);
@@ -117,7 +118,7 @@ class DatasetTab {
         }
       }
     } catch (error) {
-      byId("lw-dataset-count").textContent = `${error.message} Scroll to try again.`;
+      byId("lw-dataset-count").textContent = t`${error.message} Scroll to try again.`;
     } finally {
       this.fetching = false;
     }
@@ -129,16 +130,18 @@ class DatasetTab {
     let answer;
     do {
       answer = await this.server.inspect({ entries });
-      list.replaceChildren(make("li", {}, `Looked at ${answer.done} of ${counted(answer.total, "image")} …`));
+      list.replaceChildren(make("li", {}, t`Looked at ${answer.done} of ${counted(answer.total, "image")} …`));
     } while (answer.done < answer.total);
-    list.replaceChildren(...(answer.problems.length ? answer.problems.map((p) => this.banner.line(p)) : [make("li", {}, `${counted(answer.total, "image")}: nothing wrong was seen.`)]));
+    list.replaceChildren(...(answer.problems.length ? answer.problems.map((p) => this.banner.line(p)) : [make("li", {}, t`${counted(answer.total, "image")}: nothing wrong was seen.`)]));
   }
 
   fit() {
-    const how = byId("lw-captions-how").value;
+    const how = byId("lw-captions-how").value, taken = ["name", "folder"].includes(how);
+    byId("lw-captions-text").hidden = taken;
+    byId("lw-captions-all").hidden = !taken;
     byId("lw-captions-by").hidden = how !== "replace";
     byId("lw-captions-end").hidden = how !== "add";
-    byId("lw-captions-text").placeholder = how === "replace" ? "text" : "tag";
+    byId("lw-captions-text").placeholder = ["add", "remove"].includes(how) ? t`tag` : t`text`;
   }
 
   // Keep what was typed below one picture; the card stays where it is.
@@ -146,9 +149,9 @@ class DatasetTab {
     const before = image.caption;
     try {
       const { refused } = await this.server.captions({ how: "write", entries: this.shown, path: image.path, text: box.value, sure: true });
-      if (refused) { box.value = before || ""; this.banner.show("error", "The caption is as it was.", [{ severity: "error", message: refused }]); return; }
+      if (refused) { box.value = before || ""; this.banner.show("error", t`The caption is as it was.`, [{ severity: "error", message: refused }]); return; }
     } catch (error) {
-      this.banner.show("error", `The caption was not kept. ${error.message}`);
+      this.banner.show("error", t`The caption was not kept. ${error.message}`);
       return;
     }
     this.later();
@@ -156,24 +159,24 @@ class DatasetTab {
 
   async changeAll() {
     const how = byId("lw-captions-how").value, text = byId("lw-captions-text").value;
-    const order = { how, entries: this.shown, text, find: text, by: byId("lw-captions-by").value, end: byId("lw-captions-end").firstElementChild.checked };
+    const order = { how, entries: this.shown, text, find: text, by: byId("lw-captions-by").value, end: byId("lw-captions-end").firstElementChild.checked, all: Boolean(byId("lw-captions-all").value) };
     let answer = await this.server.captions(order);
     if (answer.count) {
-      const list = make("div", { class: "lw-stack lw-names" }, ...answer.examples.map(([name, before, after]) => make("p", {}, make("b", {}, name), ` ${before || "(none)"} → ${after || "(none)"}`)),
-        make("p", { class: "lw-facts" }, "Regularisation images are left alone. A backup is made first."));
-      if ((await ask(`Change ${counted(answer.count, "caption")}?`, list, [["", "Leave them"], ["change", "Change", "lw-primary"]])) !== "change") return;
+      const list = make("div", { class: "lw-stack lw-names" }, ...answer.examples.map(([name, before, after]) => make("p", {}, make("b", {}, name), ` ${before || t`(none)`} → ${after || t`(none)`}`)),
+        make("p", { class: "lw-facts" }, t`Regularisation images are left alone. A backup is made first.`));
+      if ((await ask(t`Change ${counted(answer.count, "caption")}?`, list, [["", t`Leave them`], ["change", t`Change`, "lw-primary"]])) !== "change") return;
       answer = await this.server.captions({ ...order, sure: true });
     }
-    if (answer.refused) this.banner.show("error", "No caption was changed.", [{ severity: "error", message: answer.refused }]);
-    else this.banner.show("good", answer.count ? `${counted(answer.count, "caption")} changed.` : "No caption has that.");
+    if (answer.refused) this.banner.show("error", t`No caption was changed.`, [{ severity: "error", message: answer.refused }]);
+    else this.banner.show("good", answer.count ? t`${counted(answer.count, "caption")} changed.` : t`There is no caption to change so.`);
     this.later();
   }
 
   async undo() {
     const { refused, count, left } = await this.server.captions({ how: "undo" });
-    if (refused) this.banner.show("error", "Nothing was taken back.", [{ severity: "error", message: refused }]);
-    else this.banner.show(left.length ? "warning" : "good", `${counted(count, "caption")} as before.`,
-      left.length ? [{ severity: "warning", message: `Changed since by someone else, and left alone: ${left.join(", ")}` }] : []);
+    if (refused) this.banner.show("error", t`Nothing was taken back.`, [{ severity: "error", message: refused }]);
+    else this.banner.show(left.length ? "warning" : "good", t`${counted(count, "caption")} as before.`,
+      left.length ? [{ severity: "warning", message: t`Changed since by someone else, and left alone: ${left.join(", ")}` }] : []);
     this.later();
   }
 
@@ -192,7 +195,7 @@ class DatasetTab {
         || Boolean(this.tag && !caption.split(",").some((tag) => tag.trim() === this.tag));
     }
     const left = cards.filter((card) => !card.hidden).length;
-    byId("lw-dataset-count").textContent = [left < cards.length ? `${left} of ${counted(cards.length, "image")}` : counted(left, "image"),
-      this.more ? `${this.more} more are not listed` : "", "the frame is what is trained on"].filter(Boolean).join(" · ");
+    byId("lw-dataset-count").textContent = [left < cards.length ? t`${left} of ${counted(cards.length, "image")}` : counted(left, "image"),
+      this.more ? t`${this.more} more are not listed` : "", t`the frame is what is trained on`].filter(Boolean).join(" · ");
   }
 }

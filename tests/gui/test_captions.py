@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gui.captions import Captions, RefusedError
+from gui.captions import Captions, RefusedError, words_of
 from gui.files import Roots
 
 
@@ -53,6 +53,13 @@ def test_one_caption_is_written_and_the_lines_below_it_stay(captions, values, fo
         ({"how": "remove", "text": "cat"}, {"a": "grey fur", "b": "window\r\nsecond line\r\n", "c": None}),
         ({"how": "add", "text": "zwx"}, {"a": "zwx, cat, grey fur", "b": "zwx, cat, window\r\nsecond line\r\n", "c": "zwx, cat"}),
         ({"how": "add", "text": "window", "end": True}, {"a": "cat, grey fur, window", "b": None, "c": "cat, window"}),
+        ({"how": "prefix", "text": "photo of"}, {"a": "photo of cat, grey fur", "b": "photo of cat, window\r\nsecond line\r\n", "c": "photo of cat"}),
+        ({"how": "suffix", "text": ", window"}, {"a": "cat, grey fur, window", "b": None, "c": "cat, window"}),
+        ({"how": "suffix", "text": "at night"}, {"a": "cat, grey fur at night", "b": "cat, window at night\r\nsecond line\r\n", "c": "cat at night"}),
+        ({"how": "name"}, {"a": None, "b": None, "c": "c"}),
+        ({"how": "name", "all": True}, {"a": "a", "b": "b\r\nsecond line\r\n", "c": "c"}),
+        ({"how": "folder"}, {"a": None, "b": None, "c": "cat"}),
+        ({"how": "folder", "all": True}, {"a": "cat", "b": "cat\r\nsecond line\r\n", "c": "cat"}),
     ],
 )  # fmt: skip
 def test_all_captions_change_at_once_and_come_back_byte_for_byte(captions, values, folder, order, after):
@@ -65,6 +72,39 @@ def test_all_captions_change_at_once_and_come_back_byte_for_byte(captions, value
     assert captions.undoable().startswith(order["how"])
     assert captions.undo() == {"count": told["count"], "left": []}
     assert contents(folder) == before and captions.undoable() == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("blue_cat-03", "blue cat"),
+        ("001-blue-cat", "blue cat"),
+        ("blue cat (2)", "blue cat"),
+        ("cat, window_12_3", "cat, window"),
+        ("00012", ""),
+        ("2024_10", ""),
+        ("sd15 cat4", "sd15 cat4"),
+    ],
+)
+def test_a_files_name_is_words_without_the_numbers_around_them(name, words):
+    assert words_of(name) == words
+
+
+def test_a_flat_folders_own_name_is_the_caption_and_what_says_nothing_is_left_alone(captions, values, folder):
+    flat = folder.parent / "zwx_bear"
+    flat.mkdir()
+    Image.new("RGB", (64, 64)).save(flat / "0001.png")
+    values = values | {"train_data_dir": str(flat)}
+    assert captions.edit(values, {"how": "name", "all": True, "sure": True})["count"] == 0
+    assert captions.edit(values, {"how": "folder", "sure": True})["examples"] == [["0001.txt", "", "zwx bear"]]
+
+
+def test_the_caption_file_is_the_trainers_whatever_the_case_of_its_name(captions, values, folder):
+    (folder / "c.TXT").write_text("window")
+    captions.edit(values, {"how": "prefix", "text": "zwx", "sure": True})
+    assert (folder / "c.TXT").read_text() == "zwx window" and not (folder / "c.txt").exists()
+    captions.edit(values, {"how": "prefix", "text": "zwx", "sure": True})  # a second time changes nothing
+    assert (folder / "c.TXT").read_text() == "zwx window"
 
 
 def test_edits_are_taken_back_one_by_one_and_by_another_server_too(captions, values, folder, tmp_path):

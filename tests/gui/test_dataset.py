@@ -57,6 +57,46 @@ def test_a_bucket_that_fills_no_batch_is_named_with_the_control(settings, tmp_pa
     assert sum(seen for *_, seen in found["buckets"]) == 33
 
 
+def of(found, key):
+    return [p["message"] for p in found["problems"] if p["key"] == key]
+
+
+def test_one_image_that_fills_whole_batches_alone_is_named(settings, tmp_path):
+    put(tmp_path / "10_cat", "wide.png", (256, 64), "cat")
+    settings |= {"enable_bucket": True, "bucket_reso_steps": 32}
+    (message,) = of(dataset.dataset(settings), "train_data_dir")
+    assert message.startswith("2 bucket(s) of a single image (64×32, 128×32): a batch of 2") and "add images" in message
+    assert of(dataset.dataset(settings | {"train_batch_size": 1}), "train_data_dir") == []
+
+
+def test_fewer_images_than_one_batch_are_told_where_there_is_one_bucket(settings):
+    assert of(dataset.dataset(settings), "train_batch_size") == []
+    (message,) = of(dataset.dataset(settings | {"train_batch_size": 30}), "train_batch_size")
+    assert "(23)" in message and "Raise the repeats" in message
+
+
+def test_captions_that_are_cut_are_named_with_what_is_lost_and_the_length_that_holds_them(settings, tmp_path):
+    put(tmp_path / "10_cat", "long.png", (64, 64), "cat, " * 40 + "red wall")  # 2 tokens each
+    found = dataset.dataset(settings)
+    (message,) = of(found, "max_token_length")
+    assert '"10_cat/long.png" has 82 (cut: ", cat, cat, red wall")' in message and "Set it to 150" in message
+    (image,) = [image for image in found["images"] if image["cut"]]
+    assert (image["name"], image["tokens"]) == ("long.png", 82)
+    assert of(dataset.dataset(settings | {"max_token_length": 150}), "max_token_length") == []
+
+
+def test_brackets_that_are_read_as_weights_are_no_tokens(settings, tmp_path):
+    put(tmp_path / "10_cat", "long.png", (64, 64), "(cat), " * 30)  # 3 tokens each, 2 without the brackets
+    assert of(dataset.dataset(settings), "max_token_length")
+    assert of(dataset.dataset(settings | {"weighted_captions": True}), "max_token_length") == []
+
+
+def test_a_caption_longer_than_any_length_is_to_be_shortened_and_shuffling_is_told(settings, tmp_path):
+    put(tmp_path / "10_cat", "long.png", (64, 64), "cat, " * 200)
+    (message,) = of(dataset.dataset(settings | {"max_token_length": 225, "shuffle_caption": True}), "max_token_length")
+    assert "Shorten them: 225" in message and "each read loses another part" in message
+
+
 def test_an_empty_form_and_a_bad_value_make_no_failure(settings):
     assert dataset.dataset({})["images"] == []
     assert len(dataset.dataset(settings | {"max_resolution": "nonsense", "epoch": "many"})["images"]) == 3

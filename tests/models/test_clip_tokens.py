@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests import reference
-from trainer.models.clip_tokens import BEGIN, END, clean, tokenize
+from trainer.models.clip_tokens import BEGIN, END, Piece, clean, pieces, tokenize, tokenizer
 
 CAPTIONS = reference.read("captions")
 MOJIBAKE = "caf\u00c3\u00a9 mojibake"
@@ -67,6 +67,21 @@ def test_without_padding_long_captions_take_no_more_chunks_than_they_fill(words,
     assert found.ids.shape == (2, chunks, 77 if chunks > 1 else min(words, 75) + 2)
     assert (found.ids[..., -1] == END).all()
     assert int((found.ids[0] == 2368).sum()) == min(words, 225)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(st.sampled_from("()[]:,.019 ab's\t\n<|>\u2019\u65e5\u00bd\U0001f600I\u0130")) | st.text())
+@example("a <|endoftext|> b<|startoftext|>")
+@example("x<|ENDOFTEXT|>y we'll don't")
+def test_pieces_are_the_tokens_of_transformers_and_make_up_the_text(text):
+    found = pieces(text)
+    assert [piece.token for piece in found] == tokenizer()(clean(text), add_special_tokens=False)["input_ids"]
+    assert "".join(piece.text for piece in found) == clean(text).rstrip()
+
+
+def test_the_pieces_of_a_weighted_text_have_its_weights_and_not_its_brackets():
+    found = pieces("a (red:1.5) [cat]", weighted=True)
+    assert found == [Piece(320, "a", 1.0), Piece(736, "red", 1.5), Piece(2368, "cat", 1 / 1.1)]
 
 
 @settings(deadline=None, max_examples=100)

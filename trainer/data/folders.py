@@ -39,7 +39,7 @@ _IMAGES, _REGULARISATION, _EXTENSION = "train_data_dir", "reg_data_dir", "captio
 class Picture:
     """One image file. `size` is (width, height) as it is looked at, `folder` its folder's name.
 
-    `caption` is the first line of its caption file, else its folder's `class_tokens`, else None.
+    `caption` is the first line of its `caption_file`, else its folder's `class_tokens`, else None.
     """
 
     path: Path
@@ -49,6 +49,7 @@ class Picture:
     folder: str
     regularisation: bool
     class_tokens: str | None
+    caption_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -308,14 +309,16 @@ def _pictures(folder: _Folder, suffix: str, deadline: float) -> list[Picture]:
             size = images.size(path, decode)
         except DataError as error:
             return error
+        beside = _caption_name(group, name, suffix)
+        file = None if beside is None else group.path / beside
+        caption = group.class_tokens
         try:
-            caption = _caption(group, name, suffix)
+            if file is not None:
+                caption = _caption(file)
         except DataError as error:
             unreadable.append(error)
-            caption = None
-        if caption is None:
-            caption = group.class_tokens
-        return Picture(path, caption, group.repeats, size, group.path.name, group.regularisation, group.class_tokens)
+        tokens = group.class_tokens
+        return Picture(path, caption, group.repeats, size, group.path.name, group.regularisation, tokens, file)
 
     unreadable: list[DataError] = []
     threads = min(16, (os.cpu_count() or 1) + 4)
@@ -344,24 +347,26 @@ def _pictures(folder: _Folder, suffix: str, deadline: float) -> list[Picture]:
 
 
 def _caption_name(group: _Group, name: str, suffix: str) -> str | None:
+    """The name of an image's caption file, whatever its case."""
     return group.others.get((os.path.splitext(name)[0] + suffix).lower())  # noqa: PTH122  a Path each would be slow
 
 
-def _caption(group: _Group, name: str, suffix: str) -> str | None:
-    """The first line of the image's caption file, None without one. Raises DataError."""
-    file = _caption_name(group, name, suffix)
-    if file is None:
-        return None
-    path = group.path / file
+def _caption(path: Path) -> str:
+    """The caption in a caption file. Raises DataError."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f'"{shown(path)}" is not UTF-8 text.') from error
     except OSError as error:
         raise DataError(f'"{shown(path)}" cannot be read: {error.strerror}.') from error
     if "\0" in text:
         raise DataError(f'"{shown(path)}" is not UTF-8 text.')
-    lines = text.strip().splitlines()
+    return first_line(text)
+
+
+def first_line(text: str) -> str:
+    """The caption in a caption file's text: its first line that is not blank; "" without one."""
+    lines = text.removeprefix("\ufeff").strip().splitlines()
     return lines[0].strip() if lines else ""
 
 
@@ -407,7 +412,9 @@ def _instead(groups: Sequence[_Group]) -> str:
     words = list(dict.fromkeys(group.class_tokens for group in groups if group.class_tokens))
     if words:
         return f"Their folder's name is the caption instead: {_listed(words, 3)}."
-    return "They train without a caption."
+    return (
+        'They train without a caption. Write some, or name their folder as in "10_cat", whose name is then the caption.'
+    )
 
 
 def _kinds() -> str:

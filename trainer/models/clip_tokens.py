@@ -20,11 +20,19 @@ from trainer.data.captions import weigh
 
 if TYPE_CHECKING:
     import torch
+    from tokenizers import Tokenizer
     from transformers import CLIPTokenizer
 
 MERGES = Path(__file__).parent.parent / "assets" / "clip" / "bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SIZE = 49408
 BEGIN, END = VOCABULARY_SIZE - 2, VOCABULARY_SIZE - 1
+
+_MARKS = ("<|startoftext|>", "<|endoftext|>")
+_WORD_END = "</w>"
+_WORDS = "|".join(
+    (*map(re.escape, _MARKS), "'s", "'t", "'re", "'ve", "'m", "'ll", "'d", r"[\p{L}]+", r"[\p{N}]", r"[^\s\p{L}\p{N}]+")
+)
+"""What CLIP takes for one word before it is split further (Radford et al. 2021, its published tokenizer)."""
 
 
 def byte_symbols() -> list[str]:
@@ -37,24 +45,75 @@ def byte_symbols() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
 
 
-@lru_cache
-def tokenizer() -> CLIPTokenizer:
-    """A CLIPTokenizer with the 49,408 entries that every Stable Diffusion model uses."""
-    from transformers import CLIPTokenizer
-
+def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The 49,408 entries that every Stable Diffusion model uses, with their ids, and the merges."""
     with gzip.open(MERGES, "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")
-    pairs = [tuple(line.split()) for line in lines[1 : VOCABULARY_SIZE - 512 - 2 + 1]]
+    pairs = [(left, right) for line in lines[1 : VOCABULARY_SIZE - 512 - 2 + 1] for left, right in [line.split()]]
     symbols = byte_symbols()
     entries = [
         *symbols,
-        *(symbol + "</w>" for symbol in symbols),
+        *(symbol + _WORD_END for symbol in symbols),
         *("".join(pair) for pair in pairs),
-        "<|startoftext|>",
-        "<|endoftext|>",
+        *_MARKS,
     ]
     assert len(entries) == VOCABULARY_SIZE
-    return CLIPTokenizer(vocab={entry: i for i, entry in enumerate(entries)}, merges=pairs, model_max_length=77)
+    return {entry: i for i, entry in enumerate(entries)}, pairs
+
+
+@lru_cache
+def tokenizer() -> CLIPTokenizer:
+    """The vocabulary as transformers' CLIPTokenizer, for pipelines of diffusers."""
+    from transformers import CLIPTokenizer
+
+    vocabulary, pairs = _vocabulary()
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=77)
+
+
+@lru_cache
+def _splitter() -> Tokenizer:
+    """The same as `tokenizer` makes, without transformers, which takes seconds to import."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    vocabulary, pairs = _vocabulary()
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, end_of_word_suffix=_WORD_END, unk_token=_MARKS[1]))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    made.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in _MARKS])
+    return made
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of a text, the part of the text that it stands for (with the blanks before it), and how much it counts."""
+
+    token: int
+    text: str
+    weight: float = 1.0
+
+
+def pieces(text: str, *, weighted: bool = False) -> list[Piece]:
+    """All tokens of a text, without begin and end marks; of a `weighted` one the brackets are read."""
+    if not weighted:
+        return _pieces(text, 1.0)
+    return [piece for run, weight in weigh(text) for piece in _pieces(run, weight)]
+
+
+def _pieces(text: str, weight: float) -> list[Piece]:
+    text = clean(text)
+    found, end = [], 0
+    encoding = _splitter().encode(text, add_special_tokens=False)
+    for token, (_, behind) in zip(encoding.ids, encoding.offsets, strict=True):
+        found.append(Piece(token, text[end:behind], weight))
+        end = max(end, behind)
+    return found
 
 
 @dataclass(frozen=True)
@@ -122,7 +181,7 @@ def tokenize(
     import torch
 
     assert max_tokens % 75 == 0
-    lines = [_weighted_ids(text) if weighted else _plain_ids(text) for text in texts]
+    lines = [[(piece.token, piece.weight) for piece in pieces(text, weighted=weighted)] for text in texts]
     longest = max((len(line) for line in lines), default=0)
     length = max_tokens
     if not padded:
@@ -137,11 +196,3 @@ def tokenize(
 def _chunk(piece: list[tuple[int, float]], length: int, padding: int | None) -> list[tuple[int, float]]:
     fill = END if padding is None else padding
     return [(BEGIN, 1.0), *piece, (END, 1.0), *[(fill, 1.0)] * (length - len(piece))]
-
-
-def _plain_ids(text: str) -> list[tuple[int, float]]:
-    return [(token, 1.0) for token in tokenizer()(clean(text), add_special_tokens=False)["input_ids"]]
-
-
-def _weighted_ids(text: str) -> list[tuple[int, float]]:
-    return [(token, weight) for run, weight in weigh(text) for token, _ in _plain_ids(run)]
