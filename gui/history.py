@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainer import events
 from trainer.errors import StateError
@@ -41,21 +41,27 @@ def has_state(run: Run) -> bool:
 
 
 def newest_state(run: Run) -> Path | None:
-    """The newest state that the run wrote and that is sound; None if there is none."""
+    """The newest state that the run wrote and that is whole to the last byte; None if there is none."""
     from trainer import state  # late: it brings what reads images
 
-    for folder in _states(run):
-        try:
-            state.read(folder)
-        except StateError:
-            continue  # an older one may be sound
-        return folder
-    return None
+    try:
+        return state.newest(list(_states(run)), run.folder)[0].folder
+    except StateError:
+        return None
+
+
+def stranded(run: Run) -> Literal["", "gone", "none"]:
+    """Why an ended run cannot go on: its states are gone, or it saved none; "" when it can."""
+    if has_state(run):
+        return ""
+    return "gone" if any(what == "state" for _, what, _ in saved(run)) else "none"
 
 
 def _states(run: Run) -> Iterator[Path]:
+    from trainer.state import HEADER
+
     for path, what, when in reversed(saved(run)):
-        header = path / "state.json"
+        header = path / HEADER
         if what == "state" and header.is_file() and header.stat().st_mtime < when + REPLACED_AFTER_S:
             yield path
 

@@ -19,7 +19,7 @@ from gui import form, history, live
 from gui.files import Roots
 from gui.gradio_import import gr
 from gui.presets import Presets
-from gui.runs import BusyError, Runs, kill
+from gui.runs import ALIVE, BusyError, Runs, kill
 from gui.tools import Tools
 from gui.waiting import Queue
 from gui.words import Words, translate
@@ -56,6 +56,7 @@ ENGLISH: Words = {}
 
 Answer = dict[str, Any]
 Ask = Mapping[str, Any]
+Values = Mapping[str, Any]
 
 
 @dataclass
@@ -186,8 +187,12 @@ class Desk:
         answer = self.check(ask)
         if any(problem["severity"] == "error" for problem in answer["problems"]):
             return answer
+        return self._made(self.runs.start, ask, answer)
+
+    def _made(self, make: Callable[[Values, Values], Run], ask: Ask, answer: Answer) -> Answer:
+        """The answer of a check, with the run that `make` makes of the settings, or why it cannot."""
         try:
-            run = self.runs.start(form.read(ask["entries"]), ask["kept"])
+            run = make(form.read(ask["entries"]), ask["kept"])
         except BusyError as error:
             return _busy(str(error))
         except OSError as error:
@@ -208,11 +213,7 @@ class Desk:
         answer = self.check(ask)
         if any(problem["severity"] == "error" for problem in answer["problems"]):
             return answer
-        try:
-            run = self.queue.add(form.read(ask["entries"]), ask["kept"])
-        except OSError as error:
-            return {**answer, "problems": [self._unwritable(error)]}
-        return {**answer, "run": run.folder.name}
+        return self._made(self.queue.add, ask, answer)
 
     def turn(self, ask: Ask) -> Answer:
         """Let a waiting run start earlier, or take it out of the queue."""
@@ -223,6 +224,8 @@ class Desk:
         answer = live.poll(self.runs, ask)
         if answer.get("samples"):
             self.allow(self.runs.folder / answer["run"] / "samples")
+        if answer.get("state") in ALIVE:
+            answer["waiting"] = [run.folder.name for run in self.queue.waiting()]
         return answer
 
     def control(self, ask: Ask) -> Answer:
@@ -375,7 +378,8 @@ def _named(name: str, function: Callable[[Ask], Answer]) -> Callable[[Ask], Answ
 
 
 def _busy(message: str) -> Answer:
-    return {"problems": [asdict(Problem("", "A run is going on", message))], "notes": [], "summary": {}, "outline": ""}
+    problem = asdict(Problem("", "A run is going on", message))
+    return {"problems": [problem], "notes": [], "summary": {}, "outline": "", "busy": True}
 
 
 def _as_form(preset: kohya.Preset) -> Answer:

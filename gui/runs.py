@@ -13,10 +13,11 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import psutil
 
@@ -30,6 +31,20 @@ ALIVE = ("starting", "running", "stopping")
 
 CHECK_TIMEOUT_S = 180
 LEAST_MEMORY_KEYS = ("train_batch_size", "max_resolution", "gradient_checkpointing", "cache_latents")
+
+if os.name == "nt":
+    import msvcrt
+
+    def _hold(file: IO[bytes]) -> None:
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+
+else:
+    import fcntl
+
+    def _hold(file: IO[bytes]) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
 
 _ID = re.compile(r"\d{8}-\d{6}-[\w.-]+")
 
@@ -59,7 +74,17 @@ class Runs:
         self.folder = folder
         self.root = root
         self.trainer = tuple(trainer)
-        self.lock = threading.Lock()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside a with block no other thread, and no other server of this folder, starts, queues or deletes a run.
+
+        The system lets go of the lock when its holder dies.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "ab") as file:
+            _hold(file)
+            yield
 
     def ids(self) -> list[str]:
         """Newest first."""
@@ -72,7 +97,7 @@ class Runs:
     def find(self, run_id: str) -> Run | None:
         """The run of that id; the newest that was started for ""; None if there is none."""
         if not run_id:
-            run_id = next((name for name in self.ids() if not (self.folder / name / "queued").exists()), "")
+            run_id = next((name for name in self.ids() if not Run(self.folder / name).queued.exists()), "")
         return Run(self.folder / run_id) if _ID.fullmatch(run_id) and (self.folder / run_id).is_dir() else None
 
     def active(self) -> Run | None:
@@ -104,7 +129,7 @@ class Runs:
 
     def start(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Run:
         """Start a trainer of its own on these settings. Raises BusyError while another run goes on."""
-        with self.lock:
+        with self.alone():
             active = self.active()
             if active is not None:
                 raise BusyError(f"{active.folder.name} is still going on. Stop it first, or wait for its end.")
@@ -140,7 +165,7 @@ class Runs:
         """Delete what a run wrote into its folder. Raises BusyError while it lives, or where a link leads elsewhere."""
         if run.folder.is_symlink():
             raise BusyError(f"{run.folder.name} is a link to a folder elsewhere, where nothing is deleted from here.")
-        with self.lock:
+        with self.alone():
             if state(run) in (*ALIVE, "queued") or run.process() is not None:
                 raise BusyError(f"{run.folder.name} is not over. Stop it first.")
             exit_code(run)  # is being written for a moment after the end
@@ -160,7 +185,7 @@ class Runs:
             "step": step["step"] if step else 0,
             "total": step["total"] if step else 0,
             "loss": step.get("average_loss") if step else None,
-            "resumable": now in ("stopped", "crashed") and history.has_state(run),
+            "stranded": history.stranded(run) if now in ("stopped", "crashed") else None,
         }
 
 
@@ -178,8 +203,8 @@ def launch(run: Run, command: Sequence[str], folder: Path, secrets: Mapping[str,
         )
     _write_pid(run, process.pid)
     waiter = threading.Thread(target=_await_exit, args=(run, process), name=f"exit of {run.folder.name}", daemon=True)
-    waiter.start()
     _waiters[run.folder] = waiter
+    waiter.start()
 
 
 def began(run: Run) -> float:
@@ -204,13 +229,24 @@ _waiters: dict[Path, threading.Thread] = {}
 
 
 def _await_exit(run: Run, process: subprocess.Popen[bytes]) -> None:
-    write_whole(run.exit, json.dumps({"code": process.wait()}).encode())
+    try:
+        write_whole(run.exit, json.dumps({"code": process.wait()}).encode())
+    finally:
+        if _waiters.get(run.folder) is threading.current_thread():
+            del _waiters[run.folder]
+
+
+def _written_down(run: Run, patience_s: float) -> bool:
+    """Wait until the exit of a run that this server started is in its folder. False for another server's run."""
+    waiter = _waiters.get(run.folder)
+    if waiter:
+        waiter.join(patience_s)
+    return waiter is not None
 
 
 def exit_code(run: Run) -> int | None:
     """An ended trainer's exit code, negative for a signal; None when no page was there to see it."""
-    if run.folder in _waiters:
-        _waiters[run.folder].join(timeout=1)
+    _written_down(run, patience_s=1)
     try:
         return int(json.loads(run.exit.read_text())["code"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -232,9 +268,8 @@ def kill(run: Run) -> None:
             member.kill()
         except psutil.NoSuchProcess:
             continue
-    if run.folder in _waiters:
-        # Whoever waits for a child takes its exit code away from all others, and it is to be written down.
-        _waiters[run.folder].join(timeout=10)
+    # Whoever waits for a child takes its exit code away from all others, and it is to be written down.
+    if _written_down(run, patience_s=10):
         family.remove(process)
     psutil.wait_procs(family, timeout=10)
 

@@ -49,7 +49,7 @@ class Queue:
 
     def add(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Run:
         """A new run at the end of the queue."""
-        with self.runs.lock:
+        with self.runs.alone():
             run = self.runs.folder_for(values, kept)
             self._put(run, max([time.time(), *(_place(other) + 1 for other in self.waiting())]))
         if key := str(values.get("wandb_api_key") or ""):
@@ -59,7 +59,7 @@ class Queue:
 
     def earlier(self, run: Run) -> bool:
         """Let a run change places with the one before it. False when it does not wait or is the first."""
-        with self.runs.lock:
+        with self.runs.alone():
             for before, this in pairwise(self.waiting()):
                 if this == run:
                     places = _place(before), _place(this)
@@ -70,7 +70,7 @@ class Queue:
 
     def remove(self, run: Run) -> bool:
         """Take a run out of the queue, with its folder. False when it does not wait."""
-        with self.runs.lock:
+        with self.runs.alone():
             if not _waits(run):
                 return False
             history.delete(run)
@@ -81,7 +81,7 @@ class Queue:
 
         It gets a folder named after this moment, since runs are known by when they began.
         """
-        with self.runs.lock:
+        with self.runs.alone():
             waiting = self.waiting()
             if not waiting or self.runs.active() is not None:
                 return None

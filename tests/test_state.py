@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from tests.test_training import of_type, prepared
 from trainer import loop, optim, schema, state
 from trainer.errors import StateError
-from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run
 from trainer.schema.algorithms import USES
 from trainer.schema.optimizers import OPTIMIZERS
 
@@ -236,6 +237,25 @@ def resume(saved, train, tmp_path):
 def test_a_random_seed_goes_on_with_the_state(saved, resume):
     _, events, _ = resume()
     assert of_type(events, "started")[0]["seed"] == state.read(saved[0]).seed
+
+
+def test_a_stop_right_after_resuming_says_where_it_went_on_from(resume, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run = tmp_path / "run1"
+    run.mkdir()
+
+    def stop(record):
+        if record.getMessage().startswith("resuming"):
+            Run(run).request("stop")
+        return True
+
+    logging.getLogger("trainer.prepare").addFilter(stop)
+    try:
+        code, events, _ = resume(sample_every_n_steps=1, sample_prompts="a cat --s 2")
+    finally:
+        logging.getLogger("trainer.prepare").removeFilter(stop)
+    assert code == EXIT_STOPPED and events[-1]["step"] == 2 and not events[-1]["path"]
+    assert "stopped behind step 2, where it went on from; there is nothing new to save" in caplog.messages
 
 
 def test_training_longer_than_planned_is_told_and_goes_on(resume):

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from trainer import kohya
+from trainer import kohya, state
 from trainer.check import problems
-from trainer.errors import ConfigError, LorawrightError, Problem, Stopped
+from trainer.errors import ConfigError, LorawrightError, Problem, StateError, Stopped
 from trainer.events import Ended, Event, EventLog, Failed, Phase, Started, Warned
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run, new_run
 from trainer.schema import Config
@@ -94,8 +94,10 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
         try:
             return _train(checked.config, run, events, requests)
         except Stopped:
-            log.info("stopped before the first step; there is nothing to save")
-            events.emit(Ended("stopped", 0, "", 0.0, requests.signal))
+            step = _resumed_step(checked.config, run)
+            what = f"stopped behind step {step}, where it went on from" if step else "stopped before the first step"
+            log.info("%s; there is nothing new to save", what)
+            events.emit(Ended("stopped", step, "", 0.0, requests.signal))
             return EXIT_STOPPED
         except BaseException as error:
             failed = explain(error)
@@ -148,6 +150,16 @@ def _train(config: Config, run: Run, events: EventLog, requests: Requests) -> in
     events.emit(ended)
     log.info("%s after step %d: %s", ended.status, ended.step, ended.path)
     return EXIT_DONE if ended.status == "done" else EXIT_STOPPED
+
+
+def _resumed_step(config: Config, run: Run) -> int:
+    """The step of the state that the run began from; 0 without one."""
+    try:
+        past = state.resumed(config, run.folder.parent)
+    except StateError as error:
+        log.warning("%s", error)
+        return 0
+    return past[0].step if past else 0
 
 
 def _refused(found: Sequence[Problem]) -> Failed:

@@ -173,7 +173,7 @@ def find(folder: Path) -> tuple[State, list[str]]:
     if not os.path.lexists(folder):
         sweep(folder.parent)  # a trainer may have been killed while it replaced this very one
     states = [] if _NAME.search(folder.name) or is_state(folder) else _inside(folder) or _inside(folder / "output")
-    return _newest(states, folder) if states else (read(folder), [])
+    return newest(states, folder) if states else (read(folder), [])
 
 
 def resumed(config: Config, runs: Path) -> tuple[State, list[str]] | None:
@@ -188,11 +188,14 @@ def resumed(config: Config, runs: Path) -> tuple[State, list[str]] | None:
     own = re.compile(re.escape(config.saving.name) + r"(-\d{6}|-step\d{8})?" + _NAME.pattern)
     outputs = [resolve(config.folders.output)] if config.folders.output else [run.output for run in all_runs(runs)]
     states = [path for folder in outputs for path in _inside(folder) if own.fullmatch(path.name)]
-    return _newest(sorted(states, key=_written, reverse=True), outputs[0]) if states else None
+    return newest(sorted(states, key=_written, reverse=True), outputs[0]) if states else None
 
 
-def _newest(states: Sequence[Path], folder: Path) -> tuple[State, list[str]]:
-    """The first that is whole, and why those before it are not."""
+def newest(states: Sequence[Path], folder: Path) -> tuple[State, list[str]]:
+    """The first of `states`, which lie in `folder`, that is whole, and why those before it are not.
+
+    Raises StateError where none is.
+    """
     passed = []
     for path in states:
         try:

@@ -169,27 +169,36 @@ class Bar {
     this.tell(answer, `Ready to start. ${answer.outline}`);
   }
 
-  async start() {
-    this.banner.busy("Checking, then starting …");
-    const answer = await this.server.start({ entries: await this.form.read(), kept: this.form.kept });
-    if (!answer.run) return this.tell(answer, "");
+  async shown() { return { entries: await this.form.read(), kept: this.form.kept }; }
+
+  // Start on the form, or on other settings; `instead`: what is offered when that is refused. True when it runs.
+  async start(settings = null, instead = []) {
+    this.banner.busy(t`Checking, then starting …`);
+    const answer = await this.server.start(settings || await this.shown());
+    if (!answer.run) {
+      const queue = [t`Add to the queue`, () => this.order(() => this.enqueue(settings))];
+      this.tell(answer, "", [...(answer.busy ? [queue] : []), ...instead], settings);
+      return false;
+    }
     const worth = answer.problems.length || answer.notes.length;
-    if (worth) this.tell(answer, `Started. ${answer.outline}`);
+    if (worth) this.tell(answer, t`Started. ${answer.outline}`);
     else this.banner.clear();
     this.live.watch("");
+    return true;
   }
 
-  async enqueue() {
-    this.banner.busy("Checking, then adding to the queue …");
-    const answer = await this.server.enqueue({ entries: await this.form.read(), kept: this.form.kept });
-    this.tell(answer, "In the queue: it starts when what runs has ended.", [["Show the queue", () => this.form.open("Runs")]]);
+  async enqueue(settings = null) {
+    this.banner.busy(t`Checking, then adding to the queue …`);
+    const answer = await this.server.enqueue(settings || await this.shown());
+    this.tell(answer, t`In the queue: it starts when what runs has ended.`, answer.run ? [[t`Show the queue`, () => this.form.open("Runs")]] : [], settings);
   }
 
-  tell(answer, success, actions = []) {
+  // `elsewhere`: the settings, where they are not those that the form shows.
+  tell(answer, success, actions = [], elsewhere = null) {
     const errors = answer.problems.filter((p) => p.severity === "error");
-    this.form.mark([...errors]);
+    if (!elsewhere) this.form.mark([...errors]);
     const items = [...errors, ...answer.problems.filter((p) => p.severity !== "error"), ...answer.notes];
-    const title = errors.length ? `${errors.length === 1 ? "One thing stands" : `${errors.length} things stand`} in the way of training:` : success;
-    this.banner.show(errors.length ? "error" : items.length ? "warning" : "good", title, items, errors.length ? [] : actions);
+    const title = errors.length ? errors.length === 1 ? t`One thing stands in the way of training:` : t`${errors.length} things stand in the way of training:` : success;
+    this.banner.show(errors.length ? "error" : items.length ? "warning" : "good", title, items, actions);
   }
 }

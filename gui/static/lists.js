@@ -7,31 +7,36 @@ class RunList {
     document.addEventListener("click", (event) => {
       if (event.target.id === "lw-compare-now") this.bar.order(() => this.comparison.show([...this.chosen]));
     });
-    setInterval(() => this.refresh(), 3000);
+    setInterval(() => { if (!this.seen || performance.now() - this.seen > 3000) this.refresh(); }, 200);
   }
 
   async refresh() {
-    const body = byId("lw-runs");
-    if (!body?.offsetParent || document.hidden || this.asking) return;
+    const body = byId("lw-runs"), seen = byId("lw-runs-tab")?.offsetParent;
+    if (!seen) this.seen = 0; // asked again the moment the tab is opened
+    if (!seen || document.hidden || this.asking) return;
+    this.seen = performance.now();
     this.asking = true;
     try {
       const { runs, more, queue, trouble } = await this.server.runs({});
       const key = JSON.stringify([runs, this.live.run, queue, trouble]);
-      if (this.shown !== key || !body.childElementCount) {
+      if (this.shown !== key || body.dataset.filled !== "1") {
         this.shown = key;
+        body.dataset.filled = "1";
         const focused = document.activeElement?.dataset?.act;
         const place = (run) => (run.state === "queued" ? queue.indexOf(run.id) : Infinity);
         runs.sort((a, b) => (place(a) === place(b) ? 0 : place(a) - place(b)));
         for (const id of this.chosen) if (!runs.some((run) => run.id === id)) this.chosen.delete(id);
         body.replaceChildren(...runs.map((run) => this.row(run, place(run))));
+        byId("lw-runs-list").hidden = !runs.length;
         this.count();
         if (focused) body.querySelector(`[data-act="${CSS.escape(focused)}"]`)?.focus();
-        byId("lw-runs-note").textContent = [trouble && `The queue stands still: ${trouble}.`, !runs.length && "No runs yet.",
-          queue.length && "When a run ends, however it ends, the next in the queue begins.",
-          more && `${more} older runs are not shown.`].filter(Boolean).join(" ");
+        byId("lw-runs-note").textContent = [!runs.length && t`No runs yet. Each training that you start is listed here with its state and loss; from here it is resumed, repeated, compared with others, or deleted.`,
+          trouble && t`The queue stands still: ${trouble}.`,
+          queue.length && t`When a run ends, however it ends, the next in the queue begins.`,
+          more && t`${more} older runs are not shown.`].filter(Boolean).join(" ");
       }
     } catch {
-      byId("lw-runs-note").textContent = "The server does not answer; trying again …";
+      byId("lw-runs-note").textContent = t`The server does not answer; trying again …`;
     } finally {
       this.asking = false;
     }
@@ -43,54 +48,69 @@ class RunList {
 
   row(run, place) {
     const waits = run.state === "queued", alive = ["starting", "running", "stopping"].includes(run.state);
-    const choose = make("input", { type: "checkbox", checked: this.chosen.has(run.id), "aria-label": `Compare ${run.id}`, "data-act": `compare ${run.id}`,
+    const choose = make("input", { type: "checkbox", checked: this.chosen.has(run.id), "aria-label": t`Compare ${run.id}`, "data-act": `compare ${run.id}`,
       onchange: (event) => { this.chosen[event.target.checked ? "add" : "delete"](run.id); this.count(); } });
     const act = (word, does) => make("button", { class: "lw-link lw-small", type: "button", "aria-label": `${word} ${run.id}`, "data-act": `${word} ${run.id}`,
       onclick: () => this.bar.order(does) }, word);
     const turn = (word) => async () => { await this.server.turn({ run: run.id, word }); await this.again(); };
     return make("tr", { "aria-current": run.id === this.live.run ? "true" : null },
       make("td", {}, waits ? "" : choose),
-      make("td", {}, make("span", { class: "lw-pill", "data-state": run.state }, waits ? `queued ${place + 1}` : run.state)),
-      make("td", {}, waits ? run.name : make("button", { class: "lw-link", type: "button", title: "Show at the side", "data-act": run.id, onclick: () => { this.live.watch(run.id); setTimeout(() => this.again(), 400); } }, run.name),
-        make("div", { class: "lw-facts" }, new Date(run.began * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }))),
+      make("td", {}, make("span", { class: "lw-pill", "data-state": run.state }, waits ? t`queued ${place + 1}` : said(run.state))),
+      make("td", {}, waits ? run.name : make("button", { class: "lw-link", type: "button", title: t`Show ${run.id} at the side`, "data-act": run.id, onclick: () => { this.live.watch(run.id); setTimeout(() => this.again(), 400); } }, run.name),
+        make("div", { class: "lw-facts" }, waits ? t`Added ${moment(run.began)}` : moment(run.began), " · ", make("span", {}, run.id)),
+        this.stranded(run)),
       make("td", { class: "lw-number" }, run.total ? `${run.step}/${run.total}` : "–"),
       make("td", { class: "lw-number" }, run.loss === null ? "–" : run.loss.toPrecision(3)),
-      make("td", { class: "lw-acts" }, run.resumable && act("Resume", () => this.resume(run)), act("Repeat", () => this.repeat(run)),
-        waits ? place > 0 && act("Earlier", turn("earlier")) : act("Files", () => this.files(run)),
-        waits ? act("Remove", turn("remove")) : !alive && act("Delete", () => this.remove(run))));
+      make("td", { class: "lw-acts" }, run.stranded === "" && act(said("Resume"), () => this.resume(run)), act(said("Repeat"), () => this.repeat(run)),
+        waits ? place > 0 && act(said("Earlier"), turn("earlier")) : act(said("Files"), () => this.files(run)),
+        waits ? act(said("Remove"), turn("remove")) : !alive && act(said("Delete"), () => this.remove(run))));
+  }
+
+  // Why an ended run cannot go on, and what to switch on so that the next one can.
+  stranded(run) {
+    if (run.stranded === "gone") return make("div", { class: "lw-facts" }, t`Cannot be resumed: its saved state is gone. Either it was deleted, or a later run went on from it.`);
+    return run.stranded === "none" && make("div", { class: "lw-facts" }, t`Cannot be resumed: it saved no state. For the next run, switch on `,
+      make("button", { class: "lw-link lw-small", type: "button", onclick: () => this.bar.form.focus("save_state") }, this.bar.form.label("save_state")), ".");
   }
 
   async repeat(run) {
-    await this.bar.take(await this.server.settings({ run: run.id }), `The settings of ${run.id}.`);
+    const answer = await this.server.settings({ run: run.id });
+    if (!answer.entries) return this.bar.banner.show("error", t`The settings of ${run.id} cannot be read.`, answer.problems);
+    await this.bar.take(answer, t`The form now holds the settings of ${run.id}. Change what you like, then press Start training.`);
   }
 
+  // Start at once. Where that is refused the form stays as it was.
   async resume(run) {
     const answer = await this.server.resume({ run: run.id });
-    if (!answer.entries) return this.bar.banner.show("error", `${run.id} cannot go on.`, answer.problems);
-    await this.bar.take(answer, `The settings of ${run.id}, to go on from its newest state.`);
-    await this.bar.start();
+    if (!answer.entries) return this.bar.banner.show("error", t`${run.id} cannot go on.`, answer.problems);
+    const into_form = () => this.bar.take(answer, t`The form now holds the settings of ${run.id}, to go on from its newest state. Press Start training when they are right.`);
+    const started = await this.bar.start({ entries: answer.entries, kept: answer.kept },
+      [[t`Show its settings in the form`, () => this.bar.order(into_form)]]);
+    if (started) await this.bar.take(answer, t`${run.id} goes on from its newest state. The form now holds its settings.`);
   }
 
   async files(run) {
     const { files } = await this.server.files({ run: run.id });
     const list = files.map(([name, size]) => make("li", {}, make("button", { type: "button", onclick: () => this.live.download(name, run.id) },
       `↓ ${name}`, make("span", { class: "lw-facts" }, bytes(size)))));
-    await ask(`Files of ${run.id}`, make("ul", { class: "lw-files lw-few" }, ...list), [["", "Close"]]);
+    await ask(t`Files of ${run.id}`, make("ul", { class: "lw-files lw-few" }, ...list), [["", t`Close`]]);
   }
 
   // Ask with the names of all that would go and of what would stay.
   async remove(run) {
     const found = await this.server.delete({ run: run.id });
     const told = (word, names) => names.length > 0 && make("p", {}, make("b", {}, word), names.join(", "));
-    const text = make("div", { class: "lw-stack lw-names" }, told("Deleted for good: ", found.goes || []),
-      told("Left alone, since the trainer did not write it: ", found.stays || []));
-    const sure = found.goes && await ask(`Delete ${run.id}?`, text, [["", "Keep"], ["delete", "Delete", "lw-danger"]]);
+    const text = make("div", { class: "lw-stack lw-names" }, told(t`Deleted for good: `, found.goes || []),
+      told(t`Left alone, since the trainer did not write it: `, found.stays || []));
+    const sure = found.goes && await ask(t`Delete ${run.id}?`, text, [["", t`Keep`], ["delete", t`Delete`, "lw-danger"]]);
     if (sure === "") return;
     const { refused } = sure ? await this.server.delete({ run: run.id, sure: true }) : found;
-    if (refused) this.bar.banner.show("error", "The run is not deleted.", [{ severity: "error", message: refused }]);
+    if (refused) this.bar.banner.show("error", t`The run is not deleted.`, [{ severity: "error", message: refused }]);
     await this.again();
   }
 }
+
+const moment = (seconds) => new Date(seconds * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
 
 class Json {
   constructor(server, form, bar) {
@@ -121,13 +141,13 @@ class Json {
   async apply() {
     const answer = await this.server.parse({ text: byId("lw-json").value });
     if (!answer.entries) {
-      this.bar.banner.show("error", "This is not a preset.", answer.problems);
+      this.bar.banner.show("error", t`This is not a preset.`, answer.problems);
       if (answer.line) select_line(byId("lw-json"), answer.line);
       return;
     }
     this.edited = false;
     byId("lw-json-apply").disabled = true;
-    await this.bar.take(answer, "The form shows what the JSON says.");
+    await this.bar.take(answer, t`The form shows what the JSON says.`);
     this.refresh();
   }
 }

@@ -159,7 +159,7 @@ class Live {
 
   // Where the file is, and how long it took.
   result(end) {
-    if (!end?.path || end.path === "None") return t`Nothing had been trained yet.`;
+    if (!end?.path || end.path === "None") return end?.step ? t`Nothing was trained behind step ${end.step}, where it went on from.` : t`Nothing had been trained yet.`;
     return `${end.path}${end.seconds ? ` · ${duration(end.seconds)}` : ""}`;
   }
 
@@ -210,6 +210,8 @@ class Live {
     byId("lw-stop-now").disabled = !busy;
     byId("lw-latest").hidden = !this.pinned;
     byId("lw-kill").hidden = !(state === "stopping" && answer.stop_asked && answer.now - answer.stop_asked > KILL_AFTER_S);
+    const waiting = answer?.waiting || [];
+    byId("lw-next").textContent = waiting.length ? t`When this run ends, also by Stop, the queue goes on: ${waiting[0].slice(16)} starts at once${waiting.length > 1 ? t`, ${waiting.length - 1} more after it` : ""}.` : "";
     byId("lw-actions").hidden = !(busy || state === "stopping");
   }
 

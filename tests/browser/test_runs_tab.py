@@ -48,6 +48,27 @@ def test_a_crashed_run_goes_on_from_its_state_with_one_button(server, visit):
     assert json.loads((again / "config.json").read_text())["resume"] == str(crashed / "output" / "last-state")
 
 
+def test_what_cannot_be_resumed_now_leaves_the_form_alone_and_what_never_can_says_why(server, visit):
+    page = visit(server)
+    open_tab(page, "Runs")
+    page.wait_for_selector("text=No runs yet. Each training that you start is listed here")
+    hopeless = ended(server, page, "steps=8 crash", "crashed")
+    crashed = ended(server, page, "steps=8 state crash", "crashed")
+    start(page, "steps=3000")
+    wait_state(page, "running")
+    open_tab(page, "Runs")
+    assert "saved no state. For the next run, switch on Save training state" in row(page, hopeless).inner_text()
+    assert hopeless.name in row(page, hopeless).inner_text()
+    row(page, crashed).get_by_role("button", name="Resume").click()
+    page.locator("#lw-banner").get_by_role("button", name="Add to the queue").click()
+    page.wait_for_selector("#lw-banner >> text=In the queue")
+    page.wait_for_selector("#lw-next >> text=cat starts at once")
+    (queued,) = (folder.parent for folder in server.runs.glob("2*/queued"))
+    assert json.loads((queued / "config.json").read_text())["resume"] == str(crashed / "output" / "last-state")
+    open_tab(page, "Source model")
+    assert shown(page, "training_comment") == "steps=3000"
+
+
 def test_a_run_is_repeated_its_files_fetched_and_then_deleted_with_care(server, visit):
     page = visit(server)
     run = ended(server, page, "steps=4")
@@ -56,7 +77,7 @@ def test_a_run_is_repeated_its_files_fetched_and_then_deleted_with_care(server, 
     open_tab(page, "Runs")
     assert row(page, run).get_by_role("button", name="Resume").count() == 0
     row(page, run).get_by_role("button", name="Repeat").click()
-    page.wait_for_selector("#lw-banner >> text=The settings of")
+    page.wait_for_selector("#lw-banner >> text=The form now holds the settings of")
     open_tab(page, "Source model")
     assert shown(page, "training_comment") == "steps=4"
     open_tab(page, "Runs")

@@ -7,6 +7,7 @@ How it behaves is said in the preset's `training_comment`, as words:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -109,11 +110,12 @@ def sample(run: Run, events: EventLog, step: int, prompts: list[str]) -> None:
 
 
 def state(folder: Path, step: int) -> Path:
-    """A state's folder with a header that can be read, and tensors of no use."""
+    """A whole state's folder, with tensors of no use."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TENSORS).write_bytes(b"1234")
     header = {"format": FORMAT, "version": VERSION, "step": step, "seed": 1, "batches_per_epoch": 8}
-    more = {"settings": {}, "bytes": 4, "digest": "", "parts": {}}
+    digest = hashlib.blake2b(b"1234", digest_size=16).hexdigest()
+    more = {"settings": {}, "bytes": 4, "digest": digest, "parts": {}}
     (folder / HEADER).write_text(json.dumps(header | more))
     return folder
 

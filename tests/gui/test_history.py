@@ -31,10 +31,18 @@ def test_the_newest_state_that_is_sound_is_the_one_to_go_on_from(run):
     assert history.newest_state(run) is None and not history.has_state(run)
     older, newer = wrote_state(run, "a-state", 10), wrote_state(run, "b-state", 20)
     assert history.newest_state(run) == newer
-    (newer / "tensors.safetensors").write_bytes(b"cut")
+    (newer / "tensors.safetensors").write_bytes(b"4321")  # as long as it was, but not what was written
     assert history.newest_state(run) == older
     (older / "state.json").unlink()
     assert history.newest_state(run) is None
+
+
+def test_a_run_that_cannot_go_on_tells_a_lost_state_from_one_that_never_was(run):
+    assert history.stranded(run) == "none"
+    folder = wrote_state(run, "a-state", 10)
+    assert history.stranded(run) == ""
+    (folder / "state.json").unlink()
+    assert history.stranded(run) == "gone"
 
 
 def test_a_state_that_another_run_wrote_over_is_not_this_runs(run):

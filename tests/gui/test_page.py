@@ -185,7 +185,7 @@ def ended_run(desk, words="steps=8"):
 def test_a_crashed_runs_settings_come_back_with_its_newest_state(desk):
     run = ended_run(desk, "steps=8 state crash")
     (row,) = desk.list_runs({})["runs"]
-    assert row["resumable"]
+    assert row["stranded"] == ""
     answer = desk.resume({"run": run})
     assert answer["entries"]["resume"] == str(desk.runs.folder / run / "output" / "last-state")
     assert answer["entries"]["training_comment"] == "steps=8 state crash"
@@ -193,7 +193,7 @@ def test_a_crashed_runs_settings_come_back_with_its_newest_state(desk):
 
 def test_a_run_without_a_state_cannot_go_on_and_says_so(desk):
     run = ended_run(desk, "steps=8 crash")
-    assert not desk.list_runs({})["runs"][0]["resumable"]
+    assert desk.list_runs({})["runs"][0]["stranded"] == "none"
     assert "No state" in desk.resume({"run": run})["problems"][0]["message"]
 
 

@@ -53,6 +53,20 @@ def test_the_exit_code_is_written_down(shelf):
     assert runs.exit_code(run) == 0
 
 
+def test_the_end_of_a_run_is_waited_for_and_then_forgotten(shelf):
+    for words, killed in (("steps=1", False), ("steps=500", True)):
+        run = started(shelf, words)
+        assert run.folder in runs._waiters
+        if killed:
+            runs.kill(run)
+        wait(run, "crashed" if killed else "done")
+        assert runs.exit_code(run) == (-signal.SIGKILL if killed else 0)
+        until = time.monotonic() + 5
+        while run.folder in runs._waiters:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+
 def test_a_second_start_is_refused_while_a_run_goes_on_and_welcome_after_it(shelf):
     first = started(shelf, "steps=500")
     with pytest.raises(BusyError, match=first.folder.name):

@@ -1,8 +1,11 @@
 """The queue: what waits lies on disk, starts when its turn comes, and survives failures and restarts."""
 
 import json
+import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,6 +95,44 @@ def test_a_run_whose_server_died_right_after_its_start_is_not_started_twice(queu
     assert queue.waiting() == []
     until(lambda: states(queue)["a"] == "done")
     assert queue.start_next() is None
+
+
+def test_two_servers_of_one_folder_start_one_run_at_a_time_and_each_once(queue):
+    for name in ("a", "b", "c", "d"):
+        add(queue, name)
+    servers = [Queue(Runs(queue.runs.folder, ROOT, FAKE)) for _ in range(2)]
+    for _ in range(4):
+        ready = threading.Barrier(2)
+        with ThreadPoolExecutor(2) as pool:
+            started = [run for run in pool.map(lambda server: (ready.wait(), server.start_next())[1], servers) if run]
+        assert len(started) == 1
+        runs.kill(started[0])
+    assert sorted(states(queue)) == ["a", "b", "c", "d"] and not queue.waiting()
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from gui.runs import Runs
+with Runs(Path(sys.argv[1]), Path.cwd(), ()).alone():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_server_does_not_keep_the_queue_from_the_next(queue):
+    add(queue, "a", "steps=1 pause=0")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(queue.runs.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(queue.start_next)
+        with pytest.raises(TimeoutError):
+            waits.result(0.2)
+        holder.kill()
+        assert waits.result(20).folder.name.endswith("a")
+    holder.wait()
 
 
 def test_a_queue_that_cannot_start_says_why_and_goes_on_once_it_can(queue):
