@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,16 @@ from trainer.schema.declare import Parameter
 from trainer.tools.commands import TOOLS, Tool, problems_of
 
 MOST_LORAS = 200
+DOCTOR = {
+    "name": "doctor",
+    "label": "Check this machine",
+    "summary": "Try out whether this machine and this installation can train: versions, graphics card, libraries, room, "
+    "and a short training of the model that comes along. Takes about a minute.",
+    "inputs": (),
+    "fields": [],
+}
+"""A tool without options, which works on no file: `python -m trainer doctor`."""
+
 PATHS = ("file", "model", "lines")
 
 
@@ -42,7 +52,7 @@ class Tools:
         """Every tool's form, and LoRA files to choose from: of runs, the newest first, then of folders called models."""
         outputs = (path for run_id in self.runs.ids() for path in self._saved(run_id))
         loras = dict.fromkeys([*map(str, outputs), *self.roots.models()])
-        return {"tools": [_form(tool) for tool in TOOLS.values()], "loras": list(loras)[:MOST_LORAS]}
+        return {"tools": [*map(_form, TOOLS.values()), DOCTOR], "loras": list(loras)[:MOST_LORAS]}
 
     def _saved(self, run_id: str) -> Iterator[Path]:
         folder = Run(self.runs.folder / run_id).output
@@ -50,11 +60,18 @@ class Tools:
 
     def start(self, name: str, entries: Mapping[str, Any]) -> list[Problem]:
         """Start a tool. Returns what stands in the way; empty when it runs."""
+        if name == DOCTOR["name"]:
+            return self._launch(name, {}, ["doctor", f"--runs={self.runs.folder}", f"--events={self.job.events}"])
+        if name not in TOOLS:
+            return [Problem("", "Tool", f'there is no tool "{name}"')]
         tool = TOOLS[name]
         values, problems = self._inside(tool, {key: entries.get(key, "") for key in tool.parameters})
         problems = problems or list(problems_of(name, values))
         if problems:
             return problems
+        return self._launch(name, entries, tool.words({**values, "events": str(self.job.events)}))
+
+    def _launch(self, name: str, entries: Mapping[str, Any], words: Sequence[str]) -> list[Problem]:
         with self._lock:
             if self.job.process() is not None:
                 return [Problem("", "A tool is running", "Stop it first, or wait for its end.")]
@@ -62,7 +79,6 @@ class Tools:
             for file in (self.job.events, self.job.log, self.job.exit, self.job.pid):
                 file.unlink(missing_ok=True)
             write_whole(self.job.config, json.dumps({"tool": name, "entries": dict(entries)}).encode())
-            words = tool.words({**values, "events": str(self.job.events)})
             runs.launch(self.job, [*self.runs.trainer, *words], self.runs.root)
         return []
 
@@ -75,7 +91,7 @@ class Tools:
     def poll(self, offset: int) -> dict[str, Any]:
         """What the tool is doing, and what it said behind a byte offset of its events.
 
-        `state`: none, running, done, failed or stopped. An offset that is no longer there starts anew.
+        `state`: none, running, done, failed or stopped. `findings`: all new ones of the doctor's. An offset that is no longer there starts anew.
         """
         if not self.job.config.exists():
             return {"state": "none"}
@@ -86,6 +102,8 @@ class Tools:
             offset = offset if offset <= self.job.events.stat().st_size else 0
             answer["offset"] = offset
             for event, behind in events.read(self.job.events, offset):
+                if event["type"] == "finding":
+                    answer.setdefault("findings", []).append(event)
                 answer[str(event["type"])] = event
                 answer["offset"] = behind
         if "report" in answer:

@@ -8,9 +8,9 @@ from importlib import metadata
 
 import pytest
 
-from trainer import doctor
+from trainer import doctor, events
 from trainer.__main__ import main
-from trainer.run import EXIT_DONE, EXIT_FAILED
+from trainer.run import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 
 SHORT = [look for look in doctor.LOOKS if look.__name__ != "_training"]
 
@@ -36,10 +36,30 @@ def test_a_sound_installation_trains_the_embedded_model(tmp_path, capsys, monkey
     assert main(["doctor", "--runs", str(tmp_path / "runs")]) == EXIT_DONE
     found = lines(capsys)
     assert found["training"][0] == "ok"
-    assert "2 steps" in found["training"][1]
+    assert found["training"][1] == "2 steps of the embedded model ran, and the LoRA was saved"
     assert found["bitsandbytes"][:2] == ("ok", "a step of AdamW8bit on the cpu is right")
     assert found["runs folder"][0] == "ok"
     assert not any((tmp_path / "runs").iterdir())
+
+
+def test_the_page_gets_each_finding_as_an_event(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "LOOKS", (doctor._writing, doctor._room))
+    told = tmp_path / "events.jsonl"
+    assert main(["doctor", "--runs", str(tmp_path), "--events", str(told)]) == EXIT_DONE
+    *findings, last = [event for event, _ in events.read(told)]
+    assert [finding["what"] for finding in findings] == ["runs folder", "disk", "memory"]
+    assert {finding["type"] for finding in findings} == {"finding"}
+    assert last["report"]["lines"] == [capsys.readouterr().out.splitlines()[-1]] == ["All is well."]
+
+
+def test_a_stop_ends_it_as_stopped(tmp_path, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "LOOKS", (interrupted,))
+    told = tmp_path / "events.jsonl"
+    assert main(["doctor", "--runs", str(tmp_path), "--events", str(told)]) == EXIT_STOPPED
+    assert [event["kind"] for event, _ in events.read(told)] == ["stopped"]
 
 
 def test_a_training_that_fails_is_told_with_its_own_words(tmp_path, capsys, monkeypatch):

@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--json", action="store_true", help="answer in JSON")
     doctor = commands.add_parser("doctor", help="try out whether this machine and installation can train")
     doctor.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of all runs (default: runs)")
+    doctor.add_argument("--events", type=Path, help="append what is found to this file, as JSON lines")
     bench = commands.add_parser("bench", help="measure how fast a preset trains here, and where the time goes")
     bench.add_argument("preset", type=Path, nargs="?", default=Path("presets/first-steps.json"))
     bench.add_argument("--steps", type=int, default=20, help="how many steps are measured (default: 20)")
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     if known.command == "doctor":
         from trainer.doctor import report as examined
 
-        return examined(known.runs.resolve())
+        return examined(known.runs.resolve(), known.events)
     try:
         preset = kohya.load(known.preset)
         preset = kohya.overridden(preset, rest)

@@ -12,15 +12,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import psutil
 
 from trainer import events
-from trainer.run import EXIT_DONE, EXIT_FAILED, Run
+from trainer.events import Event, EventLog, Failed
+from trainer.run import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run
+from trainer.tools import Report
+from trainer.tools.commands import Reported
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "safetensors", "gradio")
 TRAINING = {
@@ -39,7 +42,8 @@ LONGEST_TRAINING_S = 600
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Event):
+    type: ClassVar[str] = "finding"
     what: str
     state: Literal["ok", "note", "wrong"]
     """A note is nothing that stops a training."""
@@ -47,16 +51,30 @@ class Finding:
     advice: str = ""
 
 
-def report(runs: Path) -> int:
-    """Look at everything, and print each finding at once. Returns 0, or 1 where something is wrong."""
+def report(runs: Path, told: Path | None = None) -> int:
+    """Look at everything, and print each finding at once; to the file `told` they go as events.
+
+    Returns the exit code: 0; 1 where something is wrong; 3 where it was stopped.
+    """
+    stream = EventLog(told) if told else None
     wrong = 0
-    for look in LOOKS:
-        for finding in _tried(look, runs):
-            wrong += finding.state == "wrong"
-            print(f"{finding.state:6}{finding.what:16}{finding.text}", flush=True)
-            if finding.advice:
-                print(f"{'':22}→ {finding.advice}", flush=True)
-    print("All is well." if not wrong else f"{wrong} {'thing is' if wrong == 1 else 'things are'} wrong.")
+    try:
+        for look in LOOKS:
+            for finding in _tried(look, runs):
+                wrong += finding.state == "wrong"
+                print(f"{finding.state:6}{finding.what:16}{finding.text}", flush=True)
+                if finding.advice:
+                    print(f"{'':22}→ {finding.advice}", flush=True)
+                if stream:
+                    stream.emit(finding)
+    except KeyboardInterrupt:
+        if stream:
+            stream.emit(Failed("stopped", "Stopped."))
+        return EXIT_STOPPED
+    summary = "All is well." if not wrong else f"{wrong} {'thing is' if wrong == 1 else 'things are'} wrong."
+    print(summary)
+    if stream:
+        stream.emit(Reported(asdict(Report([summary]))))
     return EXIT_FAILED if wrong else EXIT_DONE
 
 
@@ -122,7 +140,7 @@ def _xformers(_: Path) -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        yield Finding("xformers", "note", "not used without a GPU; PyTorch's own attention is")
+        yield Finding("xformers", "note", "not used without a GPU, where PyTorch's own attention takes its place")
         return
     try:
         from xformers.ops import memory_efficient_attention
@@ -181,10 +199,10 @@ def _training(_: Path) -> Iterator[Finding]:
             yield Finding("training", "wrong", f"not done after {LONGEST_TRAINING_S} s", "Is the machine busy?")
             return
         told = [event for event, _ in events.read(run.events)] if run.events.exists() else []
-        losses = [event["loss"] for event in told if event["type"] == "step"]
-        if done.returncode == EXIT_DONE and len(losses) == TRAINING["max_train_steps"]:
-            text = f"{len(losses)} steps of the embedded model; loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last"
-            yield Finding("training", "ok", text)
+        steps = sum(event["type"] == "step" for event in told)
+        if done.returncode == EXIT_DONE and steps == TRAINING["max_train_steps"]:
+            # So few steps show that training runs; what the loss does in them says nothing.
+            yield Finding("training", "ok", f"{steps} steps of the embedded model ran, and the LoRA was saved")
             return
         failed = next((event for event in told if event["type"] == "failed"), {})
         said = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]

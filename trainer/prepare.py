@@ -253,7 +253,7 @@ def _choose_attention(model: Any, training: Training, device: torch.device) -> N
             return
         except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            log.info("xformers is not used (%s); PyTorch's scaled-dot-product attention is", reason)
+            log.info("xformers is not used (%s). PyTorch's scaled-dot-product attention takes its place.", reason)
 
 
 def _make_compact(model: Any, training: Training, *, with_text_encoders: bool) -> None:

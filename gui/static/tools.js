@@ -189,7 +189,8 @@ class Tools {
     }
     if (answer.state === "none") return;
     this.offset = answer.offset;
-    this.job = { ...(this.job?.tool === answer.tool ? this.job : {}), ...answer };
+    const before = this.job?.tool === answer.tool ? this.job : {};
+    this.job = { ...before, ...answer, findings: [...(before.findings || []), ...(answer.findings || [])] };
     if (once && answer.state === "running") this.choose(answer.tool);
     this.tell();
     if (answer.state === "running") this.timer = setTimeout(() => this.poll(), 500);
@@ -211,8 +212,19 @@ class Tools {
     } else {
       phase.textContent = running ? `${this.tools.get(this.job.tool).label} is running.` : "";
     }
-    this.show(!job || running ? [] : job.state === "done" ? this.report(job.report.report)
-      : [make("p", { class: job.state === "failed" ? "lw-wrong" : "" }, `${job.failed.message} ${job.failed.hint}`)]);
+    const found = job?.findings?.length ? [this.findings(job.findings)] : [];
+    this.show(!job || running ? found : job.state === "done" ? [...found, ...this.report(job.report.report)]
+      : [...found, make("p", { class: job.state === "failed" ? "lw-wrong" : "" }, `${job.failed.message} ${job.failed.hint}`)]);
+  }
+
+  // What the check of this machine has found so far.
+  findings(found) {
+    const marks = { ok: ["✓", t`in order`], note: ["–", t`note`], wrong: ["✗", t`wrong`] };
+    return make("div", { class: "lw-scroll lw-findings" },
+      make("table", { class: "lw-table" }, make("tbody", {}, ...found.map((f) => make("tr", {},
+        make("td", { class: `lw-finding lw-finding-${f.state}` }, make("span", { "aria-hidden": "true" }, marks[f.state]?.[0]), make("span", { class: "lw-unseen" }, marks[f.state]?.[1])),
+        make("th", { scope: "row" }, f.what),
+        make("td", {}, f.text, f.advice ? make("p", { class: f.state === "wrong" ? "lw-wrong" : "lw-facts" }, f.advice) : null))))));
   }
 
   show(nodes) { byId("lw-tool-result").replaceChildren(...nodes); }

@@ -65,7 +65,7 @@ def test_what_cannot_work_is_told_at_its_field_and_nothing_is_started(server, vi
     open_tools(page)
     page.get_by_role("tab", name="Inspect").focus()
     page.keyboard.press("ArrowLeft")
-    assert page.get_by_role("tab", name="Convert").get_attribute("aria-selected") == "true"
+    assert page.get_by_role("tab", name="Check this machine").get_attribute("aria-selected") == "true"
     page.get_by_role("tab", name="Merge LoRAs").click()
     page.get_by_role("button", name="Add a LoRA").click()
     page.get_by_label("LoRA 1", exact=True).fill(str(lora))
@@ -77,3 +77,18 @@ def test_what_cannot_work_is_told_at_its_field_and_nothing_is_started(server, vi
     page.get_by_role("button", name="Run", exact=True).click()
     page.wait_for_selector("#lw-wrong-rank >> text=a whole number")
     assert not (server.runs / "tools" / "pid").exists()
+
+
+def test_this_machine_is_checked_from_the_page(server, visit):
+    page = visit(server)
+    open_tools(page)
+    page.get_by_role("tab", name="Check this machine").click()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_role("rowheader", name="runs folder").wait_for(timeout=60000)
+    page.wait_for_selector("#lw-tool-result >> text=All is well.", timeout=60000)
+    assert "can be written to" in page.inner_text("#lw-tool-result")
+    page.reload()
+    page.wait_for_selector("html[data-lorawright=ready]", state="attached")
+    open_tools(page)
+    page.get_by_role("rowheader", name="disk").wait_for()
+    assert page.get_by_role("rowheader").count() == 3

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from trainer import kohya
+from trainer import doctor, kohya
 from trainer.__main__ import main
 from trainer.errors import ConfigError
 from trainer.events import Ended, EventLog, Failed, Phase, Sample, Saved, Started, Step, Verified, Warned
@@ -136,6 +136,7 @@ def save(run: Run, events: EventLog, step: int, what: str) -> str:
 
 if __name__ == "__main__":
     command, *rest = sys.argv[1:]
-    if command in TOOLS:
+    if command in (*TOOLS, "doctor"):
+        doctor.LOOKS = (doctor._writing, doctor._room)  # no minute of training
         sys.exit(main())
     sys.exit(check(Path(rest[0])) if command == "check" else train(Path(rest[0]), Path(rest[2])))
