@@ -138,3 +138,21 @@ def train(tmp_path: Path) -> Callable[..., Any]:
         return code, stream, folder
 
     return run
+
+
+@pytest.fixture
+def ruin(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make what `batch_loss` gives for some of its calls, counted from 1, not a number."""
+
+    from trainer import loop
+
+    def of(calls: set[int], loss: Callable[[Any], Any] = lambda loss: loss * float("nan")) -> None:
+        real, count = loop.batch_loss, [0]
+
+        def batch_loss(s: Any, batch: Any) -> Any:
+            count[0] += 1
+            return loss(real(s, batch)) if count[0] in calls else real(s, batch)
+
+        monkeypatch.setattr(loop, "batch_loss", batch_loss)
+
+    return of

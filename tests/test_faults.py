@@ -21,25 +21,10 @@ from safetensors.torch import load_file
 from tests.test_training import of_type
 from trainer import events, loop, pictures, sampling, state
 from trainer.run import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run
+from trainer.schema import Config
 from trainer.start import explain
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def ruin(monkeypatch):
-    """Make what `batch_loss` gives for some of its calls, counted from 1, not a number."""
-
-    def of(calls, loss=lambda loss: loss * float("nan")):
-        real, count = loop.batch_loss, [0]
-
-        def batch_loss(s, batch):
-            count[0] += 1
-            return loss(real(s, batch)) if count[0] in calls else real(s, batch)
-
-        monkeypatch.setattr(loop, "batch_loss", batch_loss)
-
-    return of
 
 
 class OnlyTheGradientIsNone(torch.autograd.Function):
@@ -142,7 +127,7 @@ def test_a_disk_too_full_for_the_event_still_ends_as_failed(settings, train, mon
     code, _, _ = train(settings)
     assert code == EXIT_FAILED
     assert "could not be written" in capsys.readouterr().err
-    assert explain(OSError(errno.ENOSPC, "No space left on device")).kind == "disk_full"
+    assert explain(OSError(errno.ENOSPC, "No space left on device"), Config()).kind == "disk_full"
 
 
 def test_a_sample_that_fails_is_told_and_training_goes_on(settings, train, monkeypatch):

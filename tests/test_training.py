@@ -260,7 +260,8 @@ def test_stop_saves_what_is_trained_and_exits_as_stopped(settings, train, tmp_pa
     assert code == EXIT_STOPPED
     assert events[-1]["status"] == "stopped"
     assert events[-1]["step"] == 2
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["photo-step00000002.safetensors"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["photo-step00000002-state", "photo-step00000002.safetensors"]
 
 
 def test_save_and_sample_can_be_asked_for_in_the_middle(settings, train, tmp_path, monkeypatch):

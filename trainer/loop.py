@@ -12,13 +12,14 @@ from typing import Literal
 
 import torch
 
-from trainer import checkpoint, objective, optim, state
+from trainer import checkpoint, objective, optim, recovery, state
 from trainer.data import cache, texts
 from trainer.data.feed import Batch
 from trainer.errors import Stopped, TrainingError
 from trainer.events import Ended, Phase, Saved, Step, Warned
 from trainer.forecast import Forecast
 from trainer.lora.verifying import Expected, verify
+from trainer.models import TextStates
 from trainer.paths import shown
 from trainer.pictures import draw_comparison, draw_samples
 from trainer.prepare import Session, memory_bytes
@@ -48,15 +49,24 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
             draw_samples(s, s.first_step - 1)
     s.emit(Phase("training", s.first_step - 1, s.length.total_steps))
     report = Reporter(s, forecast)
-    batches = s.feed.batches(range(s.length.batches_of(s.first_step)[0], s.length.total_batches))
-    step, path = 0, ""
-    for step in steps:
-        loss, rates = take_step(s, step, batches)
-        report.add(step, loss, rates)
-        asked = requests()
-        files, pictures = files_due(s, step, asked), samples_due(s, step, asked)
+    step, path = s.first_step - 1, ""
+    batches = batches_behind(s, step)
+    asked: set[str] = set()
+    while step < s.length.total_steps and "stop" not in asked:
+        try:
+            loss, rates = take_step(s, step + 1, batches)
+            step += 1
+            report.add(step, loss, rates)
+            asked = requests()
+            files, pictures = files_due(s, step, asked), samples_due(s, step, asked)
+            if files or pictures:
+                report.flush()
+        except Exception as error:
+            step, asked = recovery.go_on(s, step, error, save_stopgap), set()
+            batches = batches_behind(s, step)
+            report.forget()
+            continue
         if files or pictures:
-            report.flush()
             with optim.averaged(s.optimizer):
                 for due in files:
                     with forecast.pause("files", step):
@@ -67,7 +77,7 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
                     with forecast.pause("files", step):
                         save_state(s, step, due)
             elif files and step < s.length.total_steps and "stop" in asked:
-                save_stopgap(s, step, files[-1])
+                save_stopgap(s, step)
             if pictures:
                 with (
                     optim.averaged(s.optimizer),
@@ -76,8 +86,6 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
                 ):  # asked for while drawing; the next step finds it again
                     draw_samples(s, step)
             report.resume()
-        if "stop" in asked:
-            break
     report.flush()
     if step == s.length.total_steps and draws_samples(s):
         with optim.averaged(s.optimizer), suppress(Stopped):
@@ -89,6 +97,11 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
     if status == "done":
         state.supersede(s.resumed)
     return Ended(status, step, path, round(time.monotonic() - began, 1))
+
+
+def batches_behind(s: Session, step: int) -> Iterator[Batch]:
+    """All batches that are left after a step."""
+    return s.feed.batches(range(min(step * s.length.accumulation, s.length.total_batches), s.length.total_batches))
 
 
 def files_due(s: Session, step: int, asked: set[str]) -> list[Due]:
@@ -139,7 +152,8 @@ def divides(every: int, number: int) -> bool:
 def take_step(s: Session, step: int, batches: Iterator[Batch]) -> tuple[torch.Tensor, dict[str, float]]:
     """One optimizer step over `accumulation` batches. Returns its mean loss and the rates it used.
 
-    The loss is not a number where the gradient is none either. Such a step is left out where the settings say so.
+    The loss is NaN where it or the gradient is not finite; such a step is left out where the settings say so. It is
+    infinite where a weight is not finite behind the step, which nothing can leave out.
     """
     if stops_text_encoder(s, step):
         for parameter in s.network.parameters_of("text_encoder"):
@@ -149,49 +163,93 @@ def take_step(s: Session, step: int, batches: Iterator[Batch]) -> tuple[torch.Te
     total = torch.zeros((), device=s.accelerator.device)
     for number in numbers:
         batch = next(batches)
-        set_torch_to(s.seed, "noise", number)
-        loss = batch_loss(s, batch) / len(numbers)
-        s.accelerator.backward(loss)
-        total += loss.detach()
+        set_torch_to(s.seed, "noise", number, *(["return", len(s.returns)] if s.returns else []))
+        for part in [batch_loss(s, batch)] if s.parts == 1 else losses_of_parts(s, batch):
+            loss = part / len(numbers)
+            s.accelerator.backward(loss)
+            total += loss.detach()
+    s.whole = False
     if s.config.optim.max_grad_norm:
         norm = s.accelerator.clip_grad_norm_(s.network.parameters(), s.config.optim.max_grad_norm)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in s.network.parameters() if p.grad is not None])
     scaled = s.accelerator.scaler is not None  # leaves out the steps whose gradients overflowed by itself
     if not scaled:
-        total = torch.where(torch.isfinite(norm), total, math.nan)
+        total = torch.where(torch.isfinite(norm) & torch.isfinite(total), total, math.nan)
     rates = optim.rates(s.optimizer, s.scheduler)
     if scaled or not s.config.optim.most_skipped or torch.isfinite(total):
         s.optimizer.step()
-    s.scheduler.step()
+    overflowed = scaled and s.optimizer.step_was_skipped  # type: ignore[attr-defined]  accelerate's wrapper
+    if overflowed and s.accelerator.scaler.get_scale() < 1:
+        total = torch.full_like(total, math.nan)  # there is nothing left to scale down
+    if not overflowed:
+        s.scheduler.step()
     s.optimizer.zero_grad(set_to_none=True)
     if s.config.network.max_norm:
         s.network.limit_norms(s.config.network.max_norm)
-    return total, rates
+    s.whole = True
+    largest = torch.nn.utils.get_total_norm([p.detach() for p in s.network.parameters()], math.inf)
+    return torch.where(torch.isfinite(largest) | torch.isnan(total), total, math.inf), rates
 
 
 def batch_loss(s: Session, batch: Batch) -> torch.Tensor:
     """The mean loss of a batch under torch's present random state."""
-    device, settings, schedule = s.accelerator.device, s.config.objective, s.model.schedule
+    latents = latents_of(s, batch)
+    text = text_of(s, batch.captions)
+    return loss_per_image(s, batch, noised(s, latents), text).mean()
+
+
+def losses_of_parts(s: Session, batch: Batch) -> Iterator[torch.Tensor]:
+    """The mean loss of a batch in `s.parts` terms, whose graphs need not be in memory together.
+
+    The noise is the whole batch's, so the terms' gradients add up to its own but for rounding; what dropout leaves
+    out is drawn for each part.
+    """
+    latents = latents_of(s, batch)
+    every = noised(s, latents)
+    images = len(batch.captions)
+    for some in torch.arange(images).tensor_split(min(s.parts, images)):
+        part = batch.only(some)
+        text = text_of(s, part.captions)
+        here = some.to(latents.device)
+        yield loss_per_image(s, part, tuple(tensor[here] for tensor in every), text).sum() / images
+
+
+def latents_of(s: Session, batch: Batch) -> torch.Tensor:
+    """A batch's latents [B,4,h,w] on the device: cached, or encoded now."""
     if batch.latents is not None:
-        latents = batch.latents.to(device)
-    else:
-        assert batch.pixels is not None
-        latents = cache.encode(s.model, batch.pixels, batch.names)
+        return batch.latents.to(s.accelerator.device)
+    assert batch.pixels is not None
+    return cache.encode(s.model, batch.pixels, batch.names)
+
+
+def text_of(s: Session, captions: list[str]) -> TextStates:
+    """What the U-Net is told of captions: cached, or from the text encoders as they are now."""
     if s.captions:
-        text = s.captions.of(batch.captions, device)
-    else:
-        trained = any(p.requires_grad for p in s.network.parameters_of("text_encoder"))
-        with nullcontext() if trained else torch.no_grad():
-            text = texts.answer(s.model, batch.captions, s.config.captions)
+        return s.captions.of(captions, s.accelerator.device)
+    trained = any(p.requires_grad for p in s.network.parameters_of("text_encoder"))
+    with nullcontext() if trained else torch.no_grad():
+        return texts.answer(s.model, captions, s.config.captions)
+
+
+def noised(s: Session, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Latents [B,4,h,w] with drawn noise: themselves, noisy, the noise, and the timesteps [B]."""
+    settings, schedule = s.config.objective, s.model.schedule
     noise = objective.noise_like(latents, settings)
     timesteps = objective.draw_timesteps(len(latents), schedule, settings)
     noisy = schedule.add_noise(latents, objective.perturbed(noise, settings), timesteps)
+    return latents, noisy, noise, timesteps
+
+
+def loss_per_image(s: Session, batch: Batch, drawn: tuple[torch.Tensor, ...], text: TextStates) -> torch.Tensor:
+    """Each image's loss [B], from `noised` latents."""
+    device, schedule = s.accelerator.device, s.model.schedule
+    latents, noisy, noise, timesteps = drawn
     prediction = s.model.predict(noisy, timesteps, text, batch.sizes.to(device))
     wanted = objective.target(latents, noise, timesteps, schedule)
     weights = batch.weights.to(device)
     masks = None if batch.masks is None else batch.masks.to(device)
-    return objective.loss_per_image(prediction, wanted, timesteps, weights, schedule, settings, masks).mean()
+    return objective.loss_per_image(prediction, wanted, timesteps, weights, schedule, s.config.objective, masks)
 
 
 def stops_text_encoder(s: Session, step: int) -> bool:
@@ -231,12 +289,12 @@ def prove(s: Session, path: Path, step: int) -> None:
     log.info("verified %s: %s", path.name, verified.summary)
 
 
-def save_stopgap(s: Session, step: int, due: Due) -> None:
-    """Write a state that nobody asked for, so that a stopped training can go on. Where it fails, the LoRA is there."""
+def save_stopgap(s: Session, step: int) -> None:
+    """Write a state that nobody asked for, so that a stopped or failed training can go on."""
     try:
-        save_state(s, step, due, stopgap=True)
+        save_state(s, step, Due(checkpoint.file_name(s.config.saving.name, step=step)), stopgap=True)
     except (OSError, TrainingError) as error:
-        s.emit(Warned(f"The LoRA is saved, but no state, so this run cannot go on later: {error}"))
+        s.emit(Warned(f"No state could be saved, so this run cannot go on later: {error}"))
 
 
 def save_state(s: Session, step: int, due: Due, *, stopgap: bool = False) -> None:
@@ -248,9 +306,18 @@ def save_state(s: Session, step: int, due: Due, *, stopgap: bool = False) -> Non
     path = checkpoint.on_disk(
         s.output / name,
         lambda folder: state.write(
-            folder, step, s.seed, s.length.batches_per_epoch, s.config, parts, s.feed.pictures, stopgap=stopgap
+            folder,
+            step,
+            s.seed,
+            s.length.batches_per_epoch,
+            s.config,
+            parts,
+            s.feed.pictures,
+            stopgap=stopgap,
+            returns=s.returns,
         ),
     )
+    s.newest_state = path
     if s.resumed and s.resumed.folder != path:
         state.supersede(s.resumed)
     log.info("saved %s", path)
@@ -282,6 +349,12 @@ class Reporter:
         if time.monotonic() - self._flushed > EVENTS_EVERY_S:
             self.flush()
 
+    def forget(self) -> None:
+        """Leave out what was not written yet: training goes on elsewhere."""
+        self._waiting.clear()
+        self._skipped = 0
+        self.resume()
+
     def resume(self) -> None:
         """Time is measured anew from here."""
         self._flushed = self._since = time.monotonic()
@@ -304,7 +377,7 @@ class Reporter:
 
     def _write(self, step: int, loss: float, rates: dict[str, float], speed: float, memory: int) -> None:
         if not math.isfinite(loss):
-            return self._skip(step)
+            return self._skip(step, loss)
         self._skipped = 0
         self._seen += 1
         self._average += (loss - self._average) / min(self._seen, 200, max(10, self._seen / 10))
@@ -327,13 +400,14 @@ class Reporter:
         self.s.trackers.log({"loss/current": loss} | {f"lr/{name}": rate for name, rate in rates.items()}, step=step)
         log.info("step %d/%d  epoch %d  loss %.4f  %.2f steps/s", step, length.total_steps, epoch, loss, speed)
 
-    def _skip(self, step: int) -> None:
+    def _skip(self, step: int, loss: float) -> None:
         """Tell of a step that was left out. Raises TrainingError when it was not, or was one too many."""
         s = self.s
         names = dict.fromkeys(shown(path) for n in s.length.batches_of(step) for path in s.feed.files(n))
-        what = f"The loss or the gradient of step {step} is not a number; its images: {', '.join(names)}."
+        noun = "A weight behind" if math.isinf(loss) else "The loss or the gradient of"
+        what = f"{noun} step {step} is not a number; its images: {', '.join(names)}."
         self._skipped += 1
-        if self._skipped <= s.config.optim.most_skipped:
+        if self._skipped <= s.config.optim.most_skipped and not math.isinf(loss):
             s.emit(Warned(f"{what} It is left out.", "Look at these images; lower the learning rate if it comes back."))
             return
         raise TrainingError(

@@ -133,6 +133,11 @@ def make_scheduler(optimizer: torch.optim.Optimizer, settings: Optim, total_step
         raise ConfigError([problem]) from error
 
 
+def scale_rates(scheduler: LRScheduler, factor: float) -> None:
+    """Multiply what all rates start from, as of the next time the schedule is set to a step."""
+    scheduler.base_lrs = [base * factor for base in scheduler.base_lrs]
+
+
 def warmup_steps(settings: Optim, total_steps: int) -> int:
     """Steps over which the rate climbs from 0."""
     return settings.warmup_steps or int(total_steps * settings.warmup_percent / 100)

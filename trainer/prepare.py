@@ -69,6 +69,13 @@ class Session:
     trackers: trackers.Trackers
     resumed: state.State | None = None
     written: set[Path] = field(default_factory=set)
+    newest_state: Path | None = None
+    returns: list[int] = field(default_factory=list)
+    """The steps that training went back to, which is in the rates and the noise since."""
+    parts: int = 1
+    """In how many parts each batch is taken."""
+    whole: bool = True
+    """Whether weights, optimizer and schedule are those behind a step, and not within one."""
 
     @property
     def first_step(self) -> int:
@@ -124,10 +131,7 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
     model.schedule = model.schedule.to(device)
     _choose_attention(model, training, device)
     if training.checkpointing:
-        model.unet.enable_gradient_checkpointing()
-        for encoder in model.text_encoders.values():
-            encoder.activation_checkpointing_enable()
-            encoder.train()
+        models.recompute(model)
 
     def progress(what: str, done: int, total: int) -> None:
         emit(Phase(f"caching {what}", done, total))
@@ -176,6 +180,7 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
         _resume(resumed, config, length, emit)
         if others := resumed.other_pictures(dataset.pictures):
             emit(Warned(f"The images or captions are not those of step {resumed.step}: {'; '.join(others)}."))
+        optim.scale_rates(scheduler, 0.5 ** len(resumed.returns))
         resumed.restore(network, optimizer, scheduler, accelerator.scaler)
     repeats = [picture.repeats for picture in dataset.pictures]
     give_back_memory()
@@ -209,6 +214,8 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
         retention=Retention(config.saving),
         trackers=trackers.start(config, run, emit) if accelerator.is_main_process else trackers.Trackers(emit),
         resumed=resumed,
+        newest_state=resumed.folder if resumed else None,
+        returns=list(resumed.returns) if resumed else [],
     )
 
 

@@ -19,6 +19,7 @@ from trainer.errors import ConfigError, LorawrightError, Problem, StateError, St
 from trainer.events import Ended, Event, EventLog, Failed, Phase, Started, Warned
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run, new_run
 from trainer.schema import Config
+from trainer.schema.memory import is_memory, savings
 
 log = logging.getLogger("trainer")
 
@@ -100,7 +101,7 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
             events.emit(Ended("stopped", step, "", 0.0, requests.signal))
             return EXIT_STOPPED
         except BaseException as error:
-            failed = explain(error)
+            failed = explain(error, checked.config)
             log.critical("%s %s", failed.message, failed.hint, exc_info=not isinstance(error, LorawrightError))
             try:
                 events.emit(failed)
@@ -167,16 +168,13 @@ def _refused(found: Sequence[Problem]) -> Failed:
     return Failed("config", text, "Correct the settings and start again.")
 
 
-def explain(error: BaseException) -> Failed:
-    """The cause of a failure in plain words, and what to change."""
+def explain(error: BaseException, config: Config) -> Failed:
+    """The cause of a failure in plain words, and what to change of the settings."""
     if isinstance(error, LorawrightError):
         return Failed(error.kind, error.message, error.hint)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return Failed(
-            "out_of_memory",
-            f"The memory is full ({str(error).splitlines()[0] if str(error) else 'out of memory'}).",
-            "Lower Train batch size or Max resolution, or switch on Gradient checkpointing and Cache latents.",
-        )
+    if is_memory(error):
+        first = str(error).splitlines()[0] if str(error) else "out of memory"
+        return Failed("out_of_memory", f"The memory is full ({first}).", " ".join(map(str, savings(config))))
     if isinstance(error, KeyboardInterrupt):
         return Failed("interrupted", "Training was interrupted twice and ended without saving.", "Start it again.")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

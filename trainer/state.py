@@ -71,6 +71,7 @@ class State:
     """A state folder's header: after which step it was written, with which seed and settings.
 
     `stopgap`: nobody asked to keep it; it stands for a training that was stopped, until that has gone on.
+    `returns`: the steps that training went back to before.
     """
 
     folder: Path
@@ -82,6 +83,7 @@ class State:
     packed: Mapping[str, Any]
     pictures: Mapping[str, Any]
     stopgap: bool = False
+    returns: Sequence[int] = ()
 
     def leads_into(self, total_steps: int) -> None:
         """Raise StateError when a training of so many steps is over by then."""
@@ -248,6 +250,7 @@ def read(folder: Path) -> State:
             dict(header["parts"]),
             dict(header.get("pictures", {})),
             bool(header.get("stopgap", False)),
+            tuple(header.get("returns", ())),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, str(error) or type(error).__name__) from error
@@ -271,6 +274,7 @@ def write(
     pictures: Iterable[Picture] = (),
     *,
     stopgap: bool = False,
+    returns: Sequence[int] = (),
 ) -> Path:
     """Write a state folder; whole or not at all. Returns where it is.
 
@@ -313,6 +317,7 @@ def write(
             "parts": packed,
             "pictures": fingerprint(pictures),
             "stopgap": stopgap,
+            "returns": list(returns),
         }
         with (fresh / HEADER).open("w", encoding="utf-8") as text:
             json.dump(header, text)

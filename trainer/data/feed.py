@@ -45,6 +45,15 @@ class Batch:
     sizes: torch.Tensor
     names: list[str]
 
+    def only(self, some: torch.Tensor) -> Batch:
+        """Those of its images that are at these places."""
+        tensors = {name: getattr(self, name) for name in ("latents", "pixels", "weights", "masks", "sizes")}
+        return Batch(
+            **{name: None if tensor is None else tensor[some] for name, tensor in tensors.items()},
+            captions=[self.captions[i] for i in some],
+            names=[self.names[i] for i in some],
+        )
+
 
 @dataclass(frozen=True)
 class Read:

@@ -111,6 +111,14 @@ class Schedule:
         return a / (1 - a)
 
 
+def recompute(model: Any) -> None:
+    """Have the frozen modules forget intermediate results and compute them again in the backward pass."""
+    model.unet.enable_gradient_checkpointing()
+    for encoder in model.text_encoders.values():
+        encoder.activation_checkpointing_enable()
+        encoder.train()
+
+
 def load(
     source: str,
     vae: str,

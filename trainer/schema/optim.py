@@ -104,6 +104,15 @@ class Optim(Group):
         it costs a wait in each step. 0: none.""",
         ge=0,
     )
+    goes_back: bool = parameter(
+        "go_back_on_nan",
+        False,
+        "Go back when steps fail",
+        Section.LEARNING,
+        """Where a step that is not a number would end the training: go back to the last saved state instead, with
+        half the learning rate and other noise from there, three times at most; the file says so. Needs Save training
+        state.""",
+    )
     learning_rate: float = parameter(
         "learning_rate",
         1e-4,

@@ -65,10 +65,16 @@ def conflicts(config: Config) -> Iterator[Problem]:
             "unet_lr",
             "and Text Encoder learning rate (text_encoder_lr) are both 0, so nothing would be trained. Set one of them.",
         )
+    if config.optim.goes_back and not config.saving.state:
+        yield _problem(
+            "go_back_on_nan",
+            "needs Save training state (save_state), which is off, so there would be no state to go back to. Switch it "
+            "on, or this off.",
+        )
     yield from _optimizer(config)
     yield from _objective(config)
     yield from _family(config)
-    yield from _cached_states(config)
+    yield from cached_states(config)
     yield from _base_weights(config)
     if config.data.max_bucket_side and config.data.min_bucket_side > config.data.max_bucket_side:
         yield _problem(
@@ -140,7 +146,7 @@ def _family(config: Config) -> Iterator[Problem]:
         )
 
 
-def _cached_states(config: Config) -> Iterator[Problem]:
+def cached_states(config: Config) -> Iterator[Problem]:
     """What keeps the text encoders' answers from being the same at each read."""
     captions, key = config.captions, "sdxl_cache_text_encoder_outputs"
     if captions.cache_states_to_disk and not captions.cache_states:

@@ -91,6 +91,16 @@ class Training(Group):
         """Forget intermediate results and compute them again when needed: far less memory, about a
         third slower, the same result.""",
     )
+    goes_on_with_less: bool = parameter(
+        "go_on_with_less_memory",
+        False,
+        "Go on with less memory",
+        Section.STEP,
+        """When memory ends: take the step again with Gradient checkpointing; if that is not enough, with each batch in
+        parts that add up to it; then without the text encoders, where nothing of theirs changes. Slower, and the same
+        LoRA but for rounding and dropout. Each change is a warning in the log. Off: training ends there, with its state
+        saved.""",
+    )
     full_fp16: bool = parameter(
         "full_fp16",
         False,
