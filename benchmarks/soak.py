@@ -1,12 +1,13 @@
 """Kill a training at random moments, resume it, and see that nothing is lost.
 
-    python benchmarks/soak.py --minutes 10 --kills 200 --seed 1
+    python benchmarks/soak.py --minutes 30 --seed 1
 
 Trains a shortened presets/first-steps.json with the latents cached on disk, samples, LoRA files and states, on one
-thread. Each training is killed with SIGKILL while it loads, caches, saves, draws, writes a state or makes a step; where
-and how long after is drawn from `--seed`. After each kill every file that has its final name must be whole, no process
-may be left, and the next start takes the output folder's newest state. A training that reaches its end must have made
-the LoRA of one that was never killed, bit for bit. Exit code 1 at the first thing that is otherwise.
+thread. Each training is ended while it starts, imports, loads, caches, saves, draws, writes a state or makes a step, by
+SIGKILL or now and then by SIGTERM; where and how long after is drawn from `--seed`. After each kill every file that has
+its final name must be whole, no process may be left, and the next start goes on from the newest state (resume = auto).
+A training that reaches its end must have made the LoRA of one that was never killed, bit for bit. At last one long
+training shows what memory does over time. Exit code 1 at the first thing that is otherwise.
 """
 
 from __future__ import annotations
@@ -35,19 +36,25 @@ from trainer import events, state
 from trainer.__main__ import main as command
 from trainer.data.cache import FOLDER
 from trainer.paths import DEMO
-from trainer.run import EXIT_DONE, Run
+from trainer.run import EXIT_DONE, EXIT_STOPPED, Run
 
 FORK = multiprocessing.get_context("fork")
 ROOT = Path(__file__).parent.parent
 STARTS_WITHIN_S = 120
+GRACE_S = 30
 LIBRARIES = (
     "diffusers.models.autoencoders.autoencoder_kl",
     "diffusers.models.unets.unet_2d_condition",
     "diffusers.schedulers.scheduling_euler_ancestral_discrete",
     "transformers.models.clip.modeling_clip",
 )
-MOMENTS = {  # how the event begins that is waited for before the kill
-    "starting": None,
+MOST_GROWTH = 0.05
+SIGTERMS = 0.15
+"""The share of trainings that are ended by the gentler signal."""
+MOMENTS: dict[str, float | tuple[str, str]] = {  # seconds within which, or how the event begins that is waited for
+    "the first second": 1,
+    "importing": 8,
+    "starting": 8,
     "caching": ("phase", "caching latents"),
     "drawing": ("phase", "drawing samples"),
     "saving": ("phase", "saving linocut"),
@@ -75,49 +82,59 @@ def preset(work: Path, output: Path, steps: int) -> dict[str, object]:
         "sample_every_n_epochs": 0,
         "sample_every_n_steps": max(2, steps // 4),
         "sample_prompts": "linocut, dog --d 1 --s 3 --l 4",
+        "resume": "auto",
     }
 
 
-def start(work: Path, number: int, settings: dict[str, object]) -> tuple[BaseProcess, Run]:
+def start(work: Path, number: int, settings: dict[str, object], *, fresh: bool = False) -> tuple[BaseProcess, Run]:
     run = Run(work / "runs" / f"{number:04d}")
     run.folder.mkdir(parents=True)
     path = work / "preset.json"
     path.write_text(json.dumps(settings))
-    process = FORK.Process(target=train, args=(path, run))
+    process = FORK.Process(target=train, args=(path, run, fresh))
     process.start()
     return process, run
 
 
-def train(path: Path, run: Run) -> None:
-    """`python -m trainer train` in a process of its own, which has its libraries from its parent already."""
+def train(path: Path, run: Run, fresh: bool) -> None:
+    """`python -m trainer train` in a process of its own, which has its libraries from its parent unless `fresh`."""
     os.setsid()
     with (run.folder / "output.txt").open("wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    sys.exit(command(["train", str(path), "--run", str(run.folder)]))
+    words = ["train", str(path), "--run", str(run.folder)]
+    if fresh:
+        os.execv(sys.executable, [sys.executable, "-m", "trainer", *words])
+    sys.exit(command(words))
 
 
 def stream(run: Run) -> list[dict[str, object]]:
     return [event for event, _ in events.read(run.events)] if run.events.exists() else []
 
 
-def happened(run: Run, moment: str) -> int:
-    kind, name = MOMENTS[moment]
+def happened(run: Run, kind: str, name: str) -> int:
     return sum(e["type"] == kind and str(e.get("name", "")).startswith(name) for e in stream(run))
 
 
-def kill_at(process: BaseProcess, run: Run, moment: str, draw: random.Random) -> bool:
-    """Kill the training with SIGKILL. Returns whether it was, rather than over before its moment came."""
-    if MOMENTS[moment] is None:
-        time.sleep(draw.uniform(0, 8))
-    else:
+def kill_at(process: BaseProcess, run: Run, moment: str, number: signal.Signals, draw: random.Random) -> bool:
+    """End the training by a signal. Returns whether it was, rather than over before its moment came."""
+    when = MOMENTS[moment]
+    if isinstance(when, tuple):
         wanted, deadline = draw.randint(1, 3), time.monotonic() + STARTS_WITHIN_S
-        while happened(run, moment) < wanted and process.is_alive() and time.monotonic() < deadline:
+        while happened(run, *when) < wanted and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(draw.choice((0, 0.005, 0.02, 0.1, 0.5)) * draw.random())
+    else:
+        time.sleep(draw.uniform(0, when))
     family = [p.pid for p in psutil.Process().children(recursive=True) if p.pid != process.pid]
-    process.kill()
-    process.join()
+    if process.is_alive():
+        assert process.pid
+        os.kill(process.pid, number)
+    process.join(GRACE_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise Broken(f"{run.folder}: {number.name} did not end it within {GRACE_S} s")
     for _ in range(100):  # a worker sees within its next look that its parent is gone
         left = [pid for pid in family if psutil.pid_exists(pid)]
         if not left:
@@ -125,7 +142,7 @@ def kill_at(process: BaseProcess, run: Run, moment: str, draw: random.Random) ->
         time.sleep(0.1)
     if left:
         raise Broken(f"{run.folder}: processes {left} outlive their trainer")
-    return process.exitcode == -signal.SIGKILL
+    return process.exitcode in (-number, EXIT_STOPPED)
 
 
 def whole(work: Path, run: Run, output: Path) -> None:
@@ -165,9 +182,10 @@ def tensors(path: Path) -> bytes:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10, help="no training is started after this long")
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=24, help="of the whole training")
+    parser.add_argument("--minutes", type=float, default=30, help="no training is started after this long")
+    parser.add_argument("--kills", type=int, default=10_000, help="nor after so many")
+    parser.add_argument("--steps", type=int, default=24, help="of each whole training")
+    parser.add_argument("--long", type=int, default=600, help="steps of the one whose memory is watched")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--work", type=Path, help="a new folder (default: a temporary one)")
     asked = parser.parse_args()
@@ -188,36 +206,27 @@ def main() -> int:
 
 def soak(work: Path, asked: argparse.Namespace) -> None:
     draw, began = random.Random(asked.seed), time.monotonic()
-    process, run = start(work, 0, preset(work, work / "reference", asked.steps))
-    process.join()
-    if process.exitcode != EXIT_DONE:
-        raise Broken(f"the training without kills failed: {run.folder}")
-    reference = tensors(work / "reference" / "linocut.safetensors")
-    memory = [int(str(e["memory_bytes"])) for e in stream(run) if e["type"] == "step"]
-    third = len(memory) // 3
-    growth = sum(memory[-third:]) / sum(memory[third : 2 * third]) - 1
-    print(f"the training without kills: {asked.steps} steps; memory in its last third {growth:+.1%} of its second")
+    reference = tensors(uninterrupted(work, 0, asked.steps) / "linocut.safetensors")
 
     kills: Counter[str] = Counter()
-    number = ended = resumed = 0
+    number = ended = resumed = gentle = 0
     output = work / "output"
     while time.monotonic() - began < asked.minutes * 60 and kills.total() < asked.kills:
         number += 1
-        settings = preset(work, output, asked.steps)
-        before = list(output.glob("[!.]*-state"))
-        if before:
-            settings["resume"] = str(output)
-            resumed += 1
+        resumed += any(output.glob("[!.]*-state"))
         if draw.random() < 0.3:
             for folder in (work / "images").rglob(FOLDER):
                 shutil.rmtree(folder)
         moment = draw.choice(list(MOMENTS))
-        process, run = start(work, number, settings)
-        killed = kill_at(process, run, moment, draw)
+        by = signal.SIGTERM if draw.random() < SIGTERMS else signal.SIGKILL
+        fresh = moment in ("the first second", "importing")
+        process, run = start(work, number, preset(work, output, asked.steps), fresh=fresh)
+        killed = kill_at(process, run, moment, by, draw)
         kills[moment] += killed
+        gentle += killed and by == signal.SIGTERM
         whole(work, run, output)
         past = stream(run)
-        finished = any(e["type"] == "ended" for e in past)
+        finished = any(e["type"] == "ended" and e["status"] == "done" for e in past)
         if not killed:
             if process.exitcode != EXIT_DONE or not finished:
                 raise Broken(f"{run.folder} ended with exit code {process.exitcode}")
@@ -228,13 +237,38 @@ def soak(work: Path, asked: argparse.Namespace) -> None:
                 raise Broken(f"{run.folder} ended with another LoRA than the training without kills")
             ended += 1
             shutil.rmtree(output)
-        sys.stdout.flush()
     places = ", ".join(f"{name} {count}" for name, count in kills.most_common())
     print(
-        f"{kills.total()} kills ({places}) in {(time.monotonic() - began) / 60:.1f} minutes; {resumed} resumed starts"
+        f"{kills.total()} kills ({places}), {gentle} of them by SIGTERM, in {(time.monotonic() - began) / 60:.1f} "
+        f"minutes; {resumed} resumed starts"
     )
     print(f"{ended} trainings reached their end, each with the LoRA of the training without kills, bit for bit")
-    print("after each kill every file was whole; no process and no temporary file outlived the next start")
+    print("after each kill every file was whole; no process and no temporary file outlived the next start", flush=True)
+    watch_memory(uninterrupted(work, number + 1, asked.long).parent / "runs" / f"{number + 1:04d}")
+
+
+def uninterrupted(work: Path, number: int, steps: int) -> Path:
+    """A training without kills. Returns its output folder."""
+    output = work / f"{steps} steps"
+    process, run = start(work, number, preset(work, output, steps))
+    process.join()
+    if process.exitcode != EXIT_DONE:
+        raise Broken(f"the training without kills failed: {run.folder}")
+    return output
+
+
+def watch_memory(folder: Path) -> None:
+    """Tell how a training's memory moved over its four quarters. Raises Broken where it grows."""
+    memory = [int(str(e["memory_bytes"])) for e in stream(Run(folder)) if e["type"] == "step"]
+    quarter = len(memory) // 4
+    means = [sum(memory[i * quarter : (i + 1) * quarter]) / quarter for i in range(4)]
+    growth = means[3] / means[1] - 1
+    print(
+        f"memory of a training of {len(memory)} steps with its files, states and pictures, by quarters: "
+        f"{', '.join(f'{mean / 1e6:.0f}' for mean in means)} MB; {growth:+.1%} from the second to the last"
+    )
+    if growth > MOST_GROWTH:
+        raise Broken(f"memory grew by {growth:.1%}")
 
 
 if __name__ == "__main__":
