@@ -184,7 +184,7 @@ WAYS = {
     "checkpointing": ["Gradient checkpointing"],
     "2 parts": ["Gradient checkpointing", "in 2 parts"],
     "3 parts": ["Gradient checkpointing", "in 2 parts", "in 3 parts"],
-    "no text encoders": ["Gradient checkpointing", "in 2 parts", "in 3 parts", "what the text encoders say"],
+    "no text encoders": ["Gradient checkpointing", "in 2 parts", "in 3 parts", "Cache text encoder outputs"],
 }
 
 

@@ -175,7 +175,9 @@ def test_auto_goes_on_from_the_newest_state_of_the_name_and_starts_anew_where_th
     stop_at(2)
     train(settings | {"output_name": "photo-2"})
     stop_at(3)
-    assert train(settings)[0] == EXIT_STOPPED
+    code, events, _ = train(settings)
+    assert code == EXIT_STOPPED
+    assert of_type(events, "started")[0]["first_step"] == 1, "the other one's state is none of this name"
     stop_at(0)
     code, events, _ = train(settings)
     assert code == EXIT_DONE

@@ -116,7 +116,7 @@ def _cache_states(s: Session) -> str:
     for encoder in s.model.text_encoders.values():
         encoder.to("meta")
     _set(s, "captions", "cache_states", "sdxl_cache_text_encoder_outputs")
-    return "what the text encoders say kept instead of the encoders (sdxl_cache_text_encoder_outputs)"
+    return "Cache text encoder outputs (sdxl_cache_text_encoder_outputs)"
 
 
 def _set(s: Session, group: str, name: str, key: str) -> None:
