@@ -113,7 +113,7 @@ class Captions:
             raise RefusedError(f'Captions are edited in files ending in {", ".join(CAPTION_SUFFIXES)}, not "{suffix}".')
         pictures = folders.survey(config.folders, config.captions, decode=False).dataset.pictures
         if order["how"] == "write":
-            chosen = [p for p in pictures if str(p.path) == order["path"]]
+            chosen = [p for p in pictures if str(p.path) == order.get("path")]
             if not chosen:
                 raise RefusedError("This image is not in the folders of the form.")
         else:

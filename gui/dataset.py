@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from gui.files import IMAGE_ENDINGS
+from gui.files import IMAGE_ENDINGS, inside
 from trainer.check import settings
 from trainer.data import folders, overflow
 from trainer.data.batches import batches_per_epoch
@@ -170,18 +170,17 @@ def thumbnails(values: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any
     for text in (config.folders.images, config.folders.regularisation):
         try:
             if text.strip():
-                roots.append(resolve(text).resolve())
+                roots.append(resolve(text))
         except LorawrightError:
             continue  # the survey of the folders tells
     return {"pictures": {path: _thumbnail(Path(path), roots) for path in paths[:MOST_THUMBNAILS]}}
 
 
 def _thumbnail(path: Path, roots: Sequence[Path]) -> str | None:
-    real = path.resolve()
-    if real.suffix.lower() not in IMAGE_ENDINGS or not any(root in real.parents for root in roots):
+    if path.suffix.lower() not in IMAGE_ENDINGS or not inside(path, roots):
         return None
     try:
-        with Image.open(real) as image:
+        with Image.open(path) as image:
             image.draft("RGB", THUMBNAIL)
             small = ImageOps.exif_transpose(image)
             small.thumbnail(THUMBNAIL)

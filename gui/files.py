@@ -1,9 +1,21 @@
-"""Folders and models on the machine, as far as the page may see them: inside the given roots."""
+"""The one gate for paths: what of the machine the page may list, show, write and hand out.
+
+Every path that comes from the browser, or from a file that a run wrote, goes through `inside`, which follows
+links first. Where it must lie:
+
+- what is listed, what a tool reads or writes, a caption that is edited: in the roots (`Roots`);
+- a thumbnail: in an image folder that the form names. The form may name folders and models anywhere, as a
+  training reads them with the rights of who started the page; shown of them are names, captions, small pictures;
+- what the browser fetches: a run's samples in its folder, its log and settings, and the LoRA files that it saved
+  there or in its output folder.
+
+Presets and runs are asked for by name, which holds no path.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +24,15 @@ MOST = 500
 MODEL_ENDINGS = (".safetensors", ".ckpt", ".pt")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 DIFFUSERS = "model_index.json"
+
+
+def inside(path: Path, folders: Iterable[Path]) -> bool:
+    """Whether a path, with its links followed, is one of the folders or lies in one."""
+    try:
+        real = path.resolve()
+        return any(real == folder or folder in real.parents for folder in (each.resolve() for each in folders))
+    except (OSError, ValueError, RuntimeError):  # NUL, a name too long, links in a circle
+        return False
 
 
 @dataclass(frozen=True)
@@ -32,8 +53,7 @@ class Roots:
 
     def holds(self, path: Path) -> bool:
         """Whether the path, with its links followed, lies in one of the roots."""
-        real = path.resolve()
-        return any(real == root or root in real.parents for root in self.folders)
+        return inside(path, self.folders)
 
     def listing(self, text: str, files: bool) -> dict[str, Any]:
         """A folder's content: folders first, at most 500 lines; the roots for "".
@@ -46,7 +66,11 @@ class Roots:
             path = path.parent if path != path.parent else None
         if path is None or not self.holds(path):
             entries = [Entry(str(root), str(root), "folder") for root in self.folders]
-            refused = "" if path is None else f'"{path}" is outside the folders that this page may show.'
+            refused = (
+                ""
+                if path is None
+                else f'"{path}" is outside the folders that this page may show (--root FOLDER adds one).'
+            )
             return {
                 "path": "",
                 "parent": None,

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from gui.files import inside
 from trainer import events
 from trainer.errors import StateError
 from trainer.run import Run
@@ -80,12 +81,11 @@ def curve(run: Run) -> list[list[float]]:
 def last_samples(run: Run) -> list[dict[str, Any]]:
     """The last picture of each prompt, those without the LoRA aside."""
     last: dict[object, dict[str, Any]] = {}
-    folder = run.samples.resolve()
     try:
         for event, _ in events.read(run.events):
             if event["type"] == "sample" and event.get("strength") != 0:
                 path = run.folder / str(event["path"])
-                if folder in path.resolve().parents and path.is_file():
+                if inside(path, [run.samples]) and path.is_file():
                     last[event["index"]] = {**event, "path": str(path)}
     except FileNotFoundError:
         return []

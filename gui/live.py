@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gui import runs
-from trainer import events
+from gui.files import MODEL_ENDINGS, inside
+from trainer import events, kohya
+from trainer.errors import LorawrightError
+from trainer.paths import resolve
 from trainer.run import Run
+from trainer.schema import PARAMETERS
+from trainer.schema.overrides import with_additional
 
 LOG_BYTES = 65536
 MOST_POINTS = 1000
@@ -72,7 +77,7 @@ def _sort_in(event: Mapping[str, Any], news: dict[str, Any], run: Run) -> None:
         news["step"] = event
     elif kind == "sample":
         path = run.folder / event["path"]
-        if _inside(path, run.samples):
+        if inside(path, [run.samples]):
             news["samples"].append({**event, "path": str(path)})
     elif kind == "saved":
         news["saved"].append({**event, "path": str(run.folder / event["path"])})
@@ -80,10 +85,6 @@ def _sort_in(event: Mapping[str, Any], news: dict[str, Any], run: Run) -> None:
         news["verified" if kind == "verified" else "warnings"].append(event)
     elif kind in ("started", "phase", "failed", "ended"):
         news[kind] = event
-
-
-def _inside(path: Path, folder: Path) -> bool:
-    return folder.resolve() in path.resolve().parents
 
 
 def log_from(path: Path, offset: int) -> dict[str, Any]:
@@ -122,12 +123,27 @@ def _broken_tail(data: bytes) -> int:
     return 0
 
 
-def downloads(run: Run) -> dict[str, Path]:
-    """What of a run may be fetched: its log, its settings and the LoRA files that it saved, by name."""
+def downloads(run: Run, root: Path, allowed: Sequence[Path] = ()) -> dict[str, Path]:
+    """What of a run may be fetched, by name: its log, its settings and the LoRA files that it saved.
+
+    They lie in its folder, in the output folder that its settings name (a relative one is `root`'s), or in an
+    `allowed` one, wherever an event says that they are.
+    """
     files = {"log.txt": run.log, "config.json": run.config}
     if run.events.exists():
+        places = [run.folder, *allowed, *_output(run, root)]
         for event, _ in events.read(run.events):
             if event["type"] == "saved" and event["what"] != "state":
                 path = run.folder / str(event["path"])
-                files[path.name] = path
+                if path.suffix in MODEL_ENDINGS and inside(path, places):
+                    files[path.name] = path
     return {name: path for name, path in files.items() if path.is_file() and os.access(path, os.R_OK)}
+
+
+def _output(run: Run, root: Path) -> list[Path]:
+    try:
+        values, _ = with_additional(kohya.load(run.config).values, PARAMETERS)
+        text = str(values.get("output_dir") or "").strip()
+        return [root / resolve(text)] if text else []
+    except LorawrightError:
+        return []

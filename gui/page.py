@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gui import form, history, live
+from gui.asking import asked
 from gui.files import Roots
 from gui.gradio_import import gr
 from gui.presets import Presets
@@ -167,7 +168,7 @@ class Desk:
         try:
             if ask["how"] == "undo":
                 return dict(self.captioning.undo())
-            return dict(self.captioning.edit(form.read(ask["entries"]), ask))
+            return dict(self.captioning.edit(form.read(ask.get("entries") or {}), ask))
         except RefusedError as error:
             return {"refused": str(error)}
         except OSError as error:
@@ -261,7 +262,7 @@ class Desk:
     def files(self, ask: Ask) -> Answer:
         """What of a run can be downloaded, with its size."""
         run = self._run(ask)
-        found = live.downloads(run) if run else {}
+        found = self._downloads(run)
         return {"files": [[name, path.stat().st_size] for name, path in found.items()]}
 
     def delete(self, ask: Ask) -> Answer:
@@ -303,7 +304,7 @@ class Desk:
     def download(self, ask: Ask) -> Answer:
         """Let the browser fetch one file of a run; its path is in the answer."""
         run = self._run(ask)
-        path = live.downloads(run).get(str(ask["name"])) if run else None
+        path = self._downloads(run).get(str(ask["name"]))
         if path is None:
             return {"path": None}
         self.allow(path)
@@ -329,11 +330,14 @@ class Desk:
     def poll_tool(self, ask: Ask) -> Answer:
         return self.tools.poll(int(ask["offset"]))
 
+    def _downloads(self, run: Run | None) -> dict[str, Path]:
+        return live.downloads(run, self.runs.root, self.roots.folders) if run else {}
+
     def _run(self, ask: Ask) -> Run | None:
         return self.runs.find(str(ask["run"])) if ask.get("run") else None
 
-    def functions(self) -> list[Callable[[Ask], Answer]]:
-        """What the script may call, under the names it calls them by."""
+    def functions(self) -> list[Callable[[Any], Answer]]:
+        """What the script may call, under the names it calls them by; how it must ask is in gui/asking.py."""
         offered = {
             "hello": self.hello,
             "draft": self.draft_saved,
@@ -365,16 +369,7 @@ class Desk:
             "tool_stop": self.stop_tool,
             "tool_poll": self.poll_tool,
         }
-        return [_named(name, function) for name, function in offered.items()]
-
-
-def _named(name: str, function: Callable[[Ask], Answer]) -> Callable[[Ask], Answer]:
-    # Gradio takes the name from the function and sets attributes on it, which a method refuses.
-    def call(ask: Ask) -> Answer:
-        return function(ask)
-
-    call.__name__ = name
-    return call
+        return [asked(name, function) for name, function in offered.items()]
 
 
 def _busy(message: str) -> Answer:

@@ -20,6 +20,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from gui import live, runs
+from gui.files import inside
 from gui.words import Words, in_markup
 
 STATIC = Path(__file__).parent / "static"
@@ -112,10 +113,8 @@ class View:
                 newest = self.runs.find("")
                 if newest is None or _moment(newest.folder.name) != moment:
                     return None
-                if "\0" in name:
-                    return None
-                path = (newest.samples / name).resolve()
-                return path if path.parent == newest.samples.resolve() and path.is_file() else None
+                path = newest.samples / name
+                return path if inside(path, [newest.samples]) and path.is_file() else None
         return None
 
 

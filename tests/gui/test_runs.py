@@ -277,7 +277,13 @@ def test_only_a_runs_own_files_can_be_fetched(quiet_run, tmp_path):
     quiet_run.events.write_text(
         json.dumps({"type": "saved", "time": 1, "path": str(lora), "step": 1, "epoch": 1, "what": "final"}) + "\n"
     )
-    assert live.downloads(quiet_run) == {"log.txt": quiet_run.log, "cat.safetensors": lora}
+    own = {"log.txt": quiet_run.log}
+    assert live.downloads(quiet_run, tmp_path) == own
+    assert live.downloads(quiet_run, tmp_path, [lora.parent]) == {**own, "cat.safetensors": lora}
+    for folder in ({"output_dir": "elsewhere"}, {"output_dir": str(lora.parent)}):
+        quiet_run.config.write_text(json.dumps(folder))
+        found = live.downloads(quiet_run, tmp_path)
+        assert found == {**own, "config.json": quiet_run.config, "cat.safetensors": lora}
 
 
 def test_a_trainer_does_not_die_with_its_server(shelf):
