@@ -46,6 +46,7 @@ SCRIPTS = (
     "lists",
     "outlook",
     "dataset",
+    "draws",
     "tools",
     "begin",
 )
@@ -173,6 +174,10 @@ class Desk:
             return {"refused": str(error)}
         except OSError as error:
             return {"refused": f'"{error.filename}" cannot be written: {error.strerror}.'}
+
+    def draws(self, ask: Ask) -> Answer:
+        """What steps of a training with this form would see, from the trainer itself."""
+        return self.runs.told("draws", form.read(ask["entries"]), {}, "--batch", str(int(ask["batch"])))
 
     def thumbnails(self, ask: Ask) -> Answer:
         """Small pictures of images in the folders that the form names, by path."""
@@ -350,6 +355,7 @@ class Desk:
             "dataset": self.dataset,
             "thumbnails": self.thumbnails,
             "captions": self.captions,
+            "draws": self.draws,
             "inspect": self.inspect,
             "start": self.start,
             "enqueue": self.enqueue,

@@ -29,7 +29,7 @@ from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, Run, new_run, writ
 State = Literal["queued", "starting", "running", "stopping", "stopped", "done", "crashed"]
 ALIVE = ("starting", "running", "stopping")
 
-CHECK_TIMEOUT_S = 180
+ANSWER_TIMEOUT_S = 180
 LEAST_MEMORY_KEYS = ("train_batch_size", "max_resolution", "gradient_checkpointing", "cache_latents")
 
 if os.name == "nt":
@@ -107,16 +107,20 @@ class Runs:
 
     def check(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
         """What the trainer finds wrong with the settings: {"problems": […], "notes": […], "summary": {…}}."""
+        return {"notes": [], "summary": {}, **self.told("check", values, kept)}
+
+    def told(self, command: str, values: Mapping[str, Any], kept: Mapping[str, Any], *options: str) -> dict[str, Any]:
+        """What a command of the trainer answers to the settings in JSON; that it could not is among its `problems`."""
         with tempfile.TemporaryDirectory(prefix="lorawright-") as folder:
             preset = Path(folder) / "preset.json"
             kohya.save(preset, values, kept)
-            command = [*self.trainer, "check", str(preset), "--json"]
+            words = [*self.trainer, command, str(preset), "--json", *options]
             try:
                 done = subprocess.run(  # noqa: S603
-                    command, cwd=self.root, stdin=subprocess.DEVNULL, capture_output=True, timeout=CHECK_TIMEOUT_S
+                    words, cwd=self.root, stdin=subprocess.DEVNULL, capture_output=True, timeout=ANSWER_TIMEOUT_S
                 )
             except subprocess.TimeoutExpired:
-                return _broken_check(f"The check took more than {CHECK_TIMEOUT_S} s and was ended.")
+                return _broken(command, f"It took more than {ANSWER_TIMEOUT_S} s and was ended.")
         try:
             found = json.loads(done.stdout)
             found["problems"] = list(found["problems"])
@@ -124,8 +128,8 @@ class Runs:
             found = None
         if found is None or done.returncode not in (EXIT_DONE, EXIT_CONFIG):
             lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit code {done.returncode}"]
-            return _broken_check(f"The check itself failed: {lines[-1]}")
-        return found
+            return _broken(command, f"It failed itself: {lines[-1]}")
+        return dict(found)
 
     def start(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Run:
         """Start a trainer of its own on these settings. Raises BusyError while another run goes on."""
@@ -212,8 +216,8 @@ def began(run: Run) -> float:
     return (run.config if run.config.exists() else run.folder).stat().st_mtime
 
 
-def _broken_check(message: str) -> dict[str, Any]:
-    return {"problems": [asdict(Problem("", "Check", message))], "notes": [], "summary": {}}
+def _broken(command: str, message: str) -> dict[str, Any]:
+    return {"problems": [asdict(Problem("", f"trainer {command}", message))]}
 
 
 def _write_pid(run: Run, pid: int) -> None:

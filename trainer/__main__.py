@@ -28,6 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     check = commands.add_parser("check", help="find everything that would stop this preset")
     check.add_argument("preset", type=Path)
     check.add_argument("--json", action="store_true", help="answer in JSON")
+    draws = commands.add_parser("draws", help="show what the training's loader hands out: images, captions, tokens")
+    draws.add_argument("preset", type=Path)
+    draws.add_argument("--batch", type=int, default=0, help="where to begin; 0 is the first step's (default: 0)")
+    draws.add_argument("--json", action="store_true", help="answer in JSON, with the pictures")
     doctor = commands.add_parser("doctor", help="try out whether this machine and installation can train")
     doctor.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of all runs (default: runs)")
     doctor.add_argument("--events", type=Path, help="append what is found to this file, as JSON lines")
@@ -62,6 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
         from trainer.check import report
 
         return report(preset, as_json=known.json)
+    if known.command == "draws":
+        from trainer.draws import report as drawn
+
+        return drawn(preset, known.batch, as_json=known.json)
     if known.command == "bench":
         from trainer.bench import report as measured
 

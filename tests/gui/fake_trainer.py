@@ -136,7 +136,7 @@ def save(run: Run, events: EventLog, step: int, what: str) -> str:
 
 if __name__ == "__main__":
     command, *rest = sys.argv[1:]
-    if command in (*TOOLS, "doctor"):
+    if command in (*TOOLS, "doctor", "draws"):
         doctor.LOOKS = (doctor._writing, doctor._room)  # no minute of training
         sys.exit(main())
     sys.exit(check(Path(rest[0])) if command == "check" else train(Path(rest[0]), Path(rest[2])))

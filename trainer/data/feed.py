@@ -57,10 +57,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Read:
-    """How one image is read this time: where it is cut, how far its hues move, and whether it is mirrored."""
+    """How one image is read this time: with which caption, where it is cut, how far its hues move, mirrored or not."""
 
     item: int
     flip: bool
+    caption: str
     placement: Placement
     hue: float
 
@@ -105,24 +106,29 @@ class Feed(Dataset[Batch]):
         epoch, place = divmod(number, self.per_epoch)
         return [self.pictures[item].path for item in self._order(epoch)[place]]
 
-    def __getitem__(self, number: int) -> Batch:
+    def reads(self, number: int) -> list[Read]:
+        """What is drawn for each image of a batch."""
         epoch, place = divmod(number, self.per_epoch)
-        items = self._order(epoch)[place]
-        texts, reads = [], []
-        for slot, item in enumerate(items):
+        found = []
+        for slot, item in enumerate(self._order(epoch)[place]):
             rng = generator_at(self.seed, "item", number, slot)
             flip = self.config.data.flip and rng.random() < 0.5
-            texts.append(captions.draw(self.pictures[item].caption, self.config.captions, rng, epoch + 1))
-            reads.append(Read(item, flip, *self._varied(self.placements[item], rng)))
+            caption = captions.draw(self.pictures[item].caption, self.config.captions, rng, epoch + 1)
+            found.append(Read(item, flip, caption, *self._varied(self.placements[item], rng)))
+        return found
+
+    def __getitem__(self, number: int) -> Batch:
+        reads = self.reads(number)
+        read_from = [self.pictures[read.item] for read in reads]
         prior = self.config.training.prior_loss_weight
         return Batch(
             latents=self._cached(reads) if self.latents is not None else None,
-            pixels=self._decoded(reads) if self.latents is None else None,
-            captions=texts,
-            masks=self._masks(reads) if self.config.objective.masked else None,
-            weights=torch.tensor([prior if self.pictures[i].regularisation else 1.0 for i in items]),
+            pixels=to_tensor([self.image(read) for read in reads]) if self.latents is None else None,
+            captions=[read.caption for read in reads],
+            masks=torch.stack([self.mask(read) for read in reads]) if self.config.objective.masked else None,
+            weights=torch.tensor([prior if picture.regularisation else 1.0 for picture in read_from]),
             sizes=torch.tensor([self._sizes(read) for read in reads], dtype=torch.float32),
-            names=[self.pictures[i].path.name for i in items],
+            names=[picture.path.name for picture in read_from],
         )
 
     def _varied(self, placement: Placement, rng: random.Random) -> tuple[Placement, float]:
@@ -146,15 +152,12 @@ class Feed(Dataset[Batch]):
             chosen.append(entry.flipped if read.flip and entry.flipped is not None else entry.plain)
         return torch.stack(chosen).float()
 
-    def _decoded(self, reads: Sequence[Read]) -> torch.Tensor:
-        images = []
-        for read in reads:
-            matted = not self.config.objective.masked
-            image = pixels(self.pictures[read.item].path, read.placement, matted=matted)
-            if read.hue:
-                image = with_hue(image, read.hue)
-            images.append(np.ascontiguousarray(image[:, ::-1]) if read.flip else image)
-        return to_tensor(images)
+    def image(self, read: Read) -> np.ndarray:
+        """The pixels that are trained, uint8 RGB [height, width, 3]."""
+        image = pixels(self.pictures[read.item].path, read.placement, matted=not self.config.objective.masked)
+        if read.hue:
+            image = with_hue(image, read.hue)
+        return np.ascontiguousarray(image[:, ::-1]) if read.flip else image
 
     def workers(self) -> int:
         """How many processes read images: as many as are set, at most one for each of the machine's threads."""
@@ -169,15 +172,12 @@ class Feed(Dataset[Batch]):
             range(max(numbers.start, e * self.per_epoch), min(numbers.stop, (e + 1) * self.per_epoch)) for e in borders
         ]
 
-    def _masks(self, reads: Sequence[Read]) -> torch.Tensor:
-        """How much each place of each image counts, [B,h,w]."""
-        masks = []
-        for read in reads:
-            cached = self.latents[read.item].mask if self.latents is not None else None
-            if cached is None:
-                cached = torch.from_numpy(opacity(self.pictures[read.item].path, read.placement))
-            masks.append(cached.flip(-1) if read.flip else cached)
-        return torch.stack(masks)
+    def mask(self, read: Read) -> torch.Tensor:
+        """How much each place of the image counts, [h,w]."""
+        cached = self.latents[read.item].mask if self.latents is not None else None
+        if cached is None:
+            cached = torch.from_numpy(opacity(self.pictures[read.item].path, read.placement))
+        return cached.flip(-1) if read.flip else cached
 
     def batches(self, numbers: range) -> Iterator[Batch]:
         """The batches with these numbers, made ahead: by worker processes, or one ahead by a thread."""

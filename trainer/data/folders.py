@@ -31,7 +31,7 @@ DECODING_S = 60.0
 MOST_REPEATS = 10_000
 """Above it the number in a folder's name is surely a date or an index."""
 
-_NUMBERED = re.compile(r"(\d{1,9})(?:_(.*))?", re.ASCII)
+NUMBERED = re.compile(r"(\d{1,9})(?:_(.*))?", re.ASCII)
 _IMAGES, _REGULARISATION, _EXTENSION = "train_data_dir", "reg_data_dir", "caption_extension"
 
 
@@ -193,7 +193,7 @@ class _Folder:
         here, inner = self._read(self.path, 1, None)
         numbered, plain = [], []
         for name in inner:
-            match = _NUMBERED.fullmatch(name)
+            match = NUMBERED.fullmatch(name)
             if match:
                 numbered.append(self._read(self.path / name, int(match[1]), match[2] or "")[0])
             else:
@@ -232,7 +232,7 @@ class _Folder:
 
     def _flat(self, here: _Group) -> None:
         name = self.path.absolute().name
-        match = _NUMBERED.fullmatch(name)
+        match = NUMBERED.fullmatch(name)
         if match and "_" in name:
             self.problem(
                 f'"{shown(self.path)}" holds the images themselves; its name says {int(match[1])} repeats, which only '
@@ -254,7 +254,7 @@ class _Folder:
         for name in plain:
             path = self.path / name
             here, inner = self._read(path, 1, None)
-            if any(_NUMBERED.fullmatch(i) and self._read(path / i, 1, None)[0].names for i in inner):
+            if any(NUMBERED.fullmatch(i) and self._read(path / i, 1, None)[0].names for i in inner):
                 self.problem(f'the image folders lie one level deeper. Enter "{shown(path)}".')
                 return
             if here.names:

@@ -1,0 +1,45 @@
+// What the trainer sees: reads of images as the training's own loader draws them.
+
+class DrawsPart {
+  constructor(form, server, bar) {
+    Object.assign(this, { form, server, bar, following: 0 });
+    document.addEventListener("click", (event) => {
+      if (event.target.id === "lw-draws-first") bar.order(() => this.draw(0));
+      if (event.target.id === "lw-draws-next") bar.order(() => this.draw(this.following));
+    });
+  }
+
+  async draw(batch) {
+    const told = byId("lw-draws-told"), list = byId("lw-draws");
+    told.textContent = t`Drawing …`;
+    let answer;
+    try {
+      answer = await this.server.draws({ entries: this.form.entries, batch });
+    } catch (error) {
+      told.textContent = error.message;
+      return;
+    }
+    if (answer.problems.length) {
+      told.textContent = answer.problems.map((p) => p.message).join(" ");
+      list.replaceChildren();
+      return;
+    }
+    this.following = answer.following;
+    byId("lw-draws-next").hidden = false;
+    told.textContent = answer.chosen ? t`Drawn with the seed ${answer.seed}, as a training with these settings does from its first step on.`
+      : t`Seed is empty, so every training draws anew. These are of a random one, ${answer.seed}.`;
+    list.replaceChildren(...answer.draws.map((draw) => this.card(draw)));
+  }
+
+  card(draw) {
+    const words = draw.tokens.map((token, i) => make("span", { class: i < draw.kept ? "lw-token" : "lw-token lw-token-cut" }, token));
+    const cut = draw.tokens.length - draw.kept;
+    const facts = [t`step ${draw.step}`, `${draw.bucket[0]}×${draw.bucket[1]}`, draw.flipped && t`mirrored`, counted(draw.kept, "token"),
+      draw.weight !== 1 && t`loss × ${draw.weight}`, draw.name];
+    return make("figure", { class: "lw-card" }, make("img", { class: "lw-drawn", src: draw.picture, alt: draw.name }),
+      make("figcaption", {},
+        make("p", { class: "lw-tokens" }, ...(words.length ? words : [make("em", {}, draw.before ? t`without its caption (dropped)` : t`without a caption`)])),
+        cut > 0 && make("p", { class: "lw-cut" }, t`${counted(cut, "token")} cut`),
+        make("p", { class: "lw-facts" }, facts.filter(Boolean).join(" · "))));
+  }
+}
