@@ -38,6 +38,7 @@ SHAPES: dict[str, Shape] = {
     "thumbnails": {"entries": Entries, "paths": list[str]},
     "captions": {"how": str, "entries?": Entries},
     "inspect": {"entries": Entries},
+    "draws": {"entries": Entries, "batch": int},
     "start": FORM,
     "enqueue": FORM,
     "turn": {**RUN, "word": str},
