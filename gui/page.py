@@ -138,6 +138,13 @@ class Desk:
         found = self.runs.check(form.read(ask["entries"]), ask["kept"])
         return {**found, "outline": outline(found.get("summary") or {})}
 
+    def trial(self, ask: Ask) -> Answer:
+        """What three steps and a picture take, in "trial" where nothing stands in the way."""
+        try:
+            return self.runs.trial(form.read(ask["entries"]), ask["kept"])
+        except BusyError as busy:
+            return {"problems": [asdict(Problem("", "Trial", str(busy)))], "notes": []}
+
     def outlook(self, ask: Ask) -> Answer:
         """What would be trained. Problems are only counted: the check tells them."""
         from gui.outlook import outlook  # late: what reads images takes a while to import
@@ -351,6 +358,7 @@ class Desk:
             "flat": self.flat,
             "save": self.save,
             "check": self.check,
+            "trial": self.trial,
             "outlook": self.outlook,
             "dataset": self.dataset,
             "thumbnails": self.thumbnails,

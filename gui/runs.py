@@ -24,12 +24,14 @@ import psutil
 from gui import history
 from trainer import events, kohya
 from trainer.errors import Problem
-from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, Run, new_run, write_whole
+from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run, new_run, write_whole
 
 State = Literal["queued", "starting", "running", "stopping", "stopped", "done", "crashed"]
 ALIVE = ("starting", "running", "stopping")
 
 ANSWER_TIMEOUT_S = 180
+TRIAL_TIMEOUT_S = 900
+TRIAL = "--trial"
 LEAST_MEMORY_KEYS = ("train_batch_size", "max_resolution", "gradient_checkpointing", "cache_latents")
 
 if os.name == "nt":
@@ -105,9 +107,18 @@ class Runs:
         runs = (Run(self.folder / run_id) for run_id in self.ids())
         return next((run for run in runs if not run.exit.exists() and state(run) in ALIVE), None)
 
-    def check(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    def trial(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+        """The same, and under "trial" what three steps and a picture took where nothing is wrong.
+
+        Raises BusyError while a run goes on, beside which memory and time would be others.
+        """
+        if active := self.active():
+            raise BusyError(f"{active.folder.name} is still going on, and would be measured too. Wait for its end.")
+        return self.check(values, kept, TRIAL)
+
+    def check(self, values: Mapping[str, Any], kept: Mapping[str, Any], *options: str) -> dict[str, Any]:
         """What the trainer finds wrong with the settings: {"problems": […], "notes": […], "summary": {…}}."""
-        return {"notes": [], "summary": {}, **self.told("check", values, kept)}
+        return {"notes": [], "summary": {}, **self.told("check", values, kept, *options)}
 
     def told(self, command: str, values: Mapping[str, Any], kept: Mapping[str, Any], *options: str) -> dict[str, Any]:
         """What a command of the trainer answers to the settings in JSON; that it could not is among its `problems`."""
@@ -115,18 +126,21 @@ class Runs:
             preset = Path(folder) / "preset.json"
             kohya.save(preset, values, kept)
             words = [*self.trainer, command, str(preset), "--json", *options]
+            timeout = TRIAL_TIMEOUT_S if TRIAL in options else ANSWER_TIMEOUT_S
             try:
                 done = subprocess.run(  # noqa: S603
-                    words, cwd=self.root, stdin=subprocess.DEVNULL, capture_output=True, timeout=ANSWER_TIMEOUT_S
+                    words, cwd=self.root, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout
                 )
             except subprocess.TimeoutExpired:
-                return _broken(command, f"It took more than {ANSWER_TIMEOUT_S} s and was ended.")
+                return _broken(command, f"It took more than {timeout} s and was ended.")
         try:
             found = json.loads(done.stdout)
             found["problems"] = list(found["problems"])
         except (ValueError, TypeError, KeyError):
             found = None
-        if found is None or done.returncode not in (EXIT_DONE, EXIT_CONFIG):
+        if done.returncode == -signal.SIGKILL:
+            return _broken(command, "The system ended it, most likely because memory was full.")
+        if found is None or done.returncode not in (EXIT_DONE, EXIT_CONFIG, EXIT_FAILED):
             lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit code {done.returncode}"]
             return _broken(command, f"It failed itself: {lines[-1]}")
         return dict(found)

@@ -28,6 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     check = commands.add_parser("check", help="find everything that would stop this preset")
     check.add_argument("preset", type=Path)
     check.add_argument("--json", action="store_true", help="answer in JSON")
+    check.add_argument(
+        "--trial",
+        action="store_true",
+        help="then take three steps and draw a picture for real: memory, time, and what would lower them",
+    )
     draws = commands.add_parser("draws", help="show what the training's loader hands out: images, captions, tokens")
     draws.add_argument("preset", type=Path)
     draws.add_argument("--batch", type=int, default=0, help="where to begin; 0 is the first step's (default: 0)")
@@ -65,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     if known.command == "check":
         from trainer.check import report
 
-        return report(preset, as_json=known.json)
+        return report(preset, as_json=known.json, trial=known.trial)
     if known.command == "draws":
         from trainer.draws import report as drawn
 

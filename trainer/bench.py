@@ -131,7 +131,7 @@ def measure(config: Any, steps: int, folder: Path) -> Benchmark:
         operations_per_step=operations,
         rate=operations / median,
         machine_rate=matrix_rate(COMPUTE[session.precision], device),
-        memory=_peak(),
+        memory=peak_memory(),
         device_memory=device_memory,
     )
 
@@ -199,7 +199,8 @@ def _await(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak() -> int:
+def peak_memory() -> int:
+    """The most memory that this process has held, in bytes."""
     try:
         import resource
     except ImportError:  # Windows

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from trainer.models.facts import FAMILIES
 from trainer.models.families import Found
 from trainer.paths import resolve, shown
 from trainer.prompts import parse as parse_prompts
-from trainer.run import EXIT_CONFIG, EXIT_DONE
+from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED
 from trainer.schema import PARAMETERS, Config, problem_with, read
 from trainer.schema.algorithms import MATRICES, TYPES, USES
 from trainer.schema.rules import conflicts, text_encoder_rate, unet_rate
@@ -97,18 +97,32 @@ def problems(preset: Preset, *, decode: bool = True, ask: bool = True, runs: Pat
     return Checked(None if refused else config, tuple(found), preset.notes, summary)
 
 
-def report(preset: Preset, as_json: bool) -> int:
-    """Print what `problems` finds. Returns the exit code: 0 ready, 2 when there are errors."""
+def report(preset: Preset, as_json: bool, trial: bool = False) -> int:
+    """Print what `problems` finds, and what a `trial` measures where nothing is in the way.
+
+    Returns the exit code: 0 ready, 2 when there are errors, 1 when the trial failed or memory did not suffice.
+    """
     checked = problems(preset)
+    measured, failure = None, None
+    if trial and checked.config is not None:
+        from trainer.trial import tried
+
+        try:
+            measured = tried(preset, checked)
+        except LorawrightError as error:
+            failure = Problem("", "Trial", str(error))
+            checked = replace(checked, config=None, problems=(*checked.problems, failure))
     if as_json:
         answer = {
             "problems": [asdict(problem) for problem in checked.problems],
             "notes": [asdict(note) for note in checked.notes],
             "summary": asdict(checked.summary),
         }
-        print(json.dumps(answer))
+        print(json.dumps(answer | ({"trial": measured.as_json()} if measured else {})))
     else:
-        print("\n".join(shown(line) for line in _lines(checked)))
+        print("\n".join(shown(line) for line in [*_lines(checked), *(measured.lines if measured else [])]))
+    if failure or (measured and measured.ended_in):
+        return EXIT_FAILED
     return EXIT_CONFIG if checked.errors else EXIT_DONE
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from trainer import metadata, models, networks, optim, state, trackers
 from trainer.compact import compact, give_back_memory
 from trainer.data import cache, folders, texts
-from trainer.data.buckets import Buckets
+from trainer.data.buckets import Buckets, Placement
 from trainer.data.feed import Feed
+from trainer.data.folders import Picture
 from trainer.events import Event, Phase, Warned
 from trainer.length import Length
 from trainer.lora.reading import read
@@ -82,11 +83,17 @@ class Session:
         return self.resumed.step + 1 if self.resumed else 1
 
 
-def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = lambda: None) -> Session:
+def prepare(
+    config: Config,
+    run: Run,
+    emit: Emit,
+    check: Callable[[], None] = lambda: None,
+    choose: Callable[[Sequence[Picture], Sequence[Placement]], Sequence[int]] | None = None,
+) -> Session:
     """Load and build all parts of a training.
 
-    `check` is called between pieces of work and may raise to end it. Raises a LorawrightError
-    naming what does not work.
+    `check` is called between pieces of work and may raise to end it. `choose` tells the places of the pictures that
+    are taken, where not all are. Raises a LorawrightError naming what does not work.
     """
     training = config.training
     torch.set_num_threads(training.threads)
@@ -107,6 +114,10 @@ def prepare(config: Config, run: Run, emit: Emit, check: Callable[[], None] = la
         sweep(folder)
     buckets = Buckets(config.data)
     placements = [buckets.place(picture.size) for picture in dataset.pictures]
+    if choose:
+        chosen = choose(dataset.pictures, placements)
+        dataset = replace(dataset, pictures=tuple(dataset.pictures[place] for place in chosen))
+        placements = [placements[place] for place in chosen]
 
     def fetching(done: int, total: int) -> None:
         emit(Phase("fetching the base model (MB)", done // 10**6, total // 10**6))

@@ -166,7 +166,17 @@ class Bar {
   async check() {
     this.banner.busy("Checking the settings, the model and the images …");
     const answer = await this.server.check({ entries: await this.form.read(), kept: this.form.kept });
-    this.tell(answer, `Ready to start. ${answer.outline}`);
+    const ready = !answer.problems.some((p) => p.severity === "error");
+    this.tell(answer, t`Ready to start. ${answer.outline}`, ready ? [[t`Measure memory and time`, () => this.order(() => this.trial())]] : []);
+  }
+
+  // Three steps and a picture for real: whether the memory suffices, and how long all will take.
+  async trial() {
+    this.banner.busy(t`Trying three steps and a picture for real; a large model takes minutes …`);
+    const { problems, notes, trial } = await this.server.trial(await this.shown());
+    if (!trial) return this.tell({ problems, notes: notes || [] }, "");
+    const savings = trial.tight ? trial.savings.map((p) => ({ ...p, severity: "less memory" })) : [];
+    this.banner.show(trial.ended_in ? "error" : trial.tight ? "warning" : "good", trial.lines[0], savings);
   }
 
   async shown() { return { entries: await this.form.read(), kept: this.form.kept }; }

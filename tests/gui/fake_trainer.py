@@ -28,7 +28,7 @@ from trainer.state import FORMAT, HEADER, TENSORS, VERSION
 from trainer.tools.commands import TOOLS
 
 
-def check(path: Path) -> int:
+def check(path: Path, *, trial: bool = False) -> int:
     preset = kohya.load(path)
     try:
         parse(preset.values)
@@ -45,7 +45,10 @@ def check(path: Path) -> int:
         "epochs": 10,
         "model": "Fake Diffusion",
     }
-    print(json.dumps({"problems": [], "notes": notes, "summary": summary}))
+    saving = {"key": "gradient_checkpointing", "label": "Gradient checkpointing", "message": "switch it on."}
+    line = "Tried on the CPU, 4 of 64×64 pixels a batch: 3.9 of 4.0 GB at most, 0.50 s a step; about 40 s in all."
+    measured = {"trial": {"ended_in": "", "tight": True, "lines": [line], "savings": [saving]}} if trial else {}
+    print(json.dumps({"problems": [], "notes": notes, "summary": summary, **measured}))
     return 0
 
 
@@ -139,4 +142,6 @@ if __name__ == "__main__":
     if command in (*TOOLS, "doctor", "draws"):
         doctor.LOOKS = (doctor._writing, doctor._room)  # no minute of training
         sys.exit(main())
-    sys.exit(check(Path(rest[0])) if command == "check" else train(Path(rest[0]), Path(rest[2])))
+    sys.exit(
+        check(Path(rest[0]), trial="--trial" in rest) if command == "check" else train(Path(rest[0]), Path(rest[2]))
+    )

@@ -175,6 +175,14 @@ def test_the_outline_counts_in_plain_words():
     assert page.outline({}) == ""
 
 
+def test_a_trial_is_measured_alone(desk):
+    asked = {"entries": entries(desk, training_comment="steps=500"), "kept": {}}
+    assert desk.trial(asked)["trial"]["lines"][0].startswith("Tried on the CPU")
+    desk.start(asked)
+    answer = desk.trial(asked)
+    assert "trial" not in answer and "still going on" in answer["problems"][0]["message"]
+
+
 def ended_run(desk, words="steps=8"):
     run = desk.start({"entries": entries(desk, training_comment=words, output_name="cat"), "kept": {}})["run"]
     while desk.poll({"run": "", "follow": run})["state"] not in ("done", "crashed", "stopped"):
