@@ -40,7 +40,6 @@ SHAPES: dict[str, Shape] = {
     "thumbnails": {"entries": Entries, "paths": list[str]},
     "captions": {"how": str, "entries?": Entries},
     "inspect": {"entries": Entries},
-    "draws": {"entries": Entries, "batch": int},
     "start": FORM,
     "enqueue": FORM,
     "turn": {**RUN, "word": str},
@@ -89,7 +88,7 @@ def asked(name: str, function: Callable[[Mapping[str, Any]], dict[str, Any]]) ->
 
 def _model(name: str) -> type[BaseModel]:
     fields: dict[str, Any] = {
-        key.removesuffix("?"): (kind, {} if key.endswith("?") else ...) for key, kind in SHAPES[name].items()
+        key.removesuffix("?"): (kind, {} if key.endswith("?") else ...) for key, kind in SHAPES.get(name, {}).items()
     }
     return create_model(name, __config__=ConfigDict(strict=True, extra="ignore"), **fields)
 

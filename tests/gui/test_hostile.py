@@ -139,7 +139,7 @@ FIELDS = {
     "runs": st.lists(odd_words, max_size=3),
     **dict.fromkeys(("run", "word", "name", "id", "how", "tool", "follow", "find", "by"), odd_words),
     "path": FOLDERS | odd_words,
-    **{key: st.integers() for key in ("events", "log", "offset")},
+    **{key: st.integers() for key in ("events", "log", "offset", "batch")},
     **{key: st.booleans() for key in ("files", "sure", "replace", "end")},
 }
 
@@ -184,7 +184,7 @@ ESCAPES = [
 PLAIN = {
     "entries": {"train_data_dir": "{top}/inside/pictures"}, "kept": {}, "text": "{}", "paths": [], "runs": [RUN],
     "run": RUN, "word": "sample", "name": "mine", "id": "own/mine", "path": "", "how": "write", "tool": "inspect",
-    "follow": RUN, "events": 0, "log": 0, "offset": 0, "files": True,
+    "follow": RUN, "events": 0, "log": 0, "offset": 0, "batch": 0, "files": True,
 }  # fmt: skip
 
 
