@@ -40,6 +40,7 @@ SHAPES: dict[str, Shape] = {
     "thumbnails": {"entries": Entries, "paths": list[str]},
     "captions": {"how": str, "entries?": Entries},
     "inspect": {"entries": Entries},
+    "upload": {"step": str, "name?": str, "id?": str, "target?": str, "size?": int, "offset?": int, "data?": str},
     "start": FORM,
     "enqueue": FORM,
     "turn": {**RUN, "word": str},

@@ -25,7 +25,7 @@ from gui.tools import Tools
 from gui.waiting import Queue
 from gui.words import Words, translate
 from trainer import kohya
-from trainer.errors import ConfigError, Problem
+from trainer.errors import ConfigError, DataError, Problem
 from trainer.run import REQUESTS, Run
 from trainer.schema import PARAMETERS, Section
 
@@ -47,6 +47,7 @@ SCRIPTS = (
     "outlook",
     "dataset",
     "draws",
+    "upload",
     "tools",
     "begin",
 )
@@ -185,6 +186,29 @@ class Desk:
     def draws(self, ask: Ask) -> Answer:
         """What steps of a training with this form would see, from the trainer itself."""
         return self.runs.told("draws", form.read(ask["entries"]), {}, "--batch", str(int(ask["batch"])))
+
+    @cached_property
+    def uploads(self) -> Any:
+        from gui.upload import Uploads
+
+        return Uploads(self.roots, self.runs.folder / "uploads")
+
+    def upload(self, ask: Ask) -> Answer:
+        """Take a zip with images, step by step; `refused` says why it is not taken."""
+        asked = {"name": "", "id": "", "target": "", "size": 0, "offset": 0, "data": "", **ask}
+        steps: dict[str, Callable[[], Answer]] = {
+            "place": lambda: self.uploads.place(asked["name"]),
+            "begin": lambda: self.uploads.begin(asked["size"], asked["target"]),
+            "add": lambda: self.uploads.add(asked["id"], asked["offset"], asked["data"]),
+            "unpack": lambda: self.uploads.unpack(asked["id"], asked["target"]),
+            "drop": lambda: self.uploads.drop(asked["id"]),
+        }
+        try:
+            return steps[ask["step"]]() if ask["step"] in steps else {"refused": "There is no such step."}
+        except DataError as error:
+            return {"refused": str(error)}
+        except OSError as error:
+            return {"refused": f'"{error.filename}" cannot be written: {error.strerror}.'}
 
     def thumbnails(self, ask: Ask) -> Answer:
         """Small pictures of images in the folders that the form names, by path."""
@@ -364,6 +388,7 @@ class Desk:
             "thumbnails": self.thumbnails,
             "captions": self.captions,
             "draws": self.draws,
+            "upload": self.upload,
             "inspect": self.inspect,
             "start": self.start,
             "enqueue": self.enqueue,

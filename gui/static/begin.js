@@ -16,6 +16,7 @@ async function begin(server) {
   new Outlook(form, server);
   new DatasetTab(form, server, bar);
   new DrawsPart(form, server, bar);
+  new UploadPart(form, server, bar);
   new RunList(server, live, bar);
   new Json(server, form, bar);
   new Tools(server, form, bar);

@@ -137,9 +137,11 @@ FIELDS = {
     | st.sampled_from(["[" * 100_000, "9" * 5000, '"\\ud800"', "{", "NaN"]),
     "paths": st.lists(FOLDERS.map(lambda folder: f"{folder}/1_cat/a.png") | odd_words, max_size=3),
     "runs": st.lists(odd_words, max_size=3),
-    **dict.fromkeys(("run", "word", "name", "id", "how", "tool", "follow", "find", "by"), odd_words),
+    **dict.fromkeys(("run", "word", "name", "id", "how", "tool", "follow", "find", "by", "data"), odd_words),
     "path": FOLDERS | odd_words,
-    **{key: st.integers() for key in ("events", "log", "offset", "batch")},
+    "target": FOLDERS | odd_words,
+    "step": st.sampled_from(["place", "begin", "add", "unpack", "drop"]) | odd_words,
+    **{key: st.integers() for key in ("events", "log", "offset", "batch", "size")},
     **{key: st.booleans() for key in ("files", "sure", "replace", "end")},
 }
 
@@ -184,7 +186,7 @@ ESCAPES = [
 PLAIN = {
     "entries": {"train_data_dir": "{top}/inside/pictures"}, "kept": {}, "text": "{}", "paths": [], "runs": [RUN],
     "run": RUN, "word": "sample", "name": "mine", "id": "own/mine", "path": "", "how": "write", "tool": "inspect",
-    "follow": RUN, "events": 0, "log": 0, "offset": 0, "batch": 0, "files": True,
+    "follow": RUN, "events": 0, "log": 0, "offset": 0, "files": True, "batch": 0, "step": "begin", "target": "", "size": 0, "data": "",
 }  # fmt: skip
 
 

@@ -1,0 +1,53 @@
+"""The Dataset tab from a zip on the visitor's machine to what the trainer sees of it."""
+
+import io
+import zipfile
+
+from PIL import Image
+
+from tests.browser.conftest import eventually, open_tab
+
+
+def packed(*names):
+    data, image = io.BytesIO(), io.BytesIO()
+    Image.effect_mandelbrot((96, 64), (-2, -1.5, 1, 1.5), 20).convert("RGB").save(image, "PNG")
+    with zipfile.ZipFile(data, "w") as archive:
+        for name in names:
+            archive.writestr(name, image.getvalue() if name.endswith(".png") else "zwx, " + "long " * 90)
+    return {"name": "cats.zip", "mimeType": "application/zip", "buffer": data.getvalue()}
+
+
+def test_a_zip_becomes_a_data_set_whose_captions_are_written_and_seen_as_the_trainer_does(server, visit):
+    root = server.runs.parent / "files"
+    page = visit(server)
+    open_tab(page, "Dataset")
+    page.set_input_files("#lw-upload-file", packed("../a.png"))
+    page.get_by_role("button", name="Upload", exact=True).click()
+    page.wait_for_selector("#lw-upload-told.lw-wrong >> text=leads out")
+
+    page.set_input_files(
+        "#lw-upload-file", packed("10_cat/blue_cat-01.png", "10_cat/b.png", "10_cat/b.caption", "10_cat/c.exe")
+    )
+    page.wait_for_function("() => document.getElementById('lw-upload-target').value.endsWith('cats')")
+    page.get_by_role("button", name="Upload", exact=True).click()
+    page.wait_for_selector("#lw-upload-told >> text=2 images and 1 caption file are in")
+    assert "c.exe" in page.inner_text("#lw-upload-told")
+    assert not (root / "datasets" / "cats" / "10_cat" / "c.exe").exists()
+    page.get_by_role("button", name="Use it as the image folder").click()
+    page.get_by_label("Caption of 10_cat/blue_cat-01.png").wait_for()
+    assert "93 tokens, cut: long" in page.inner_text("#lw-images")
+
+    page.get_by_label("What to do in all captions").select_option("name")
+    page.get_by_role("button", name="Change…").click()
+    page.locator("dialog").get_by_role("button", name="Change", exact=True).click()
+    eventually(lambda: (root / "datasets" / "cats" / "10_cat" / "blue_cat-01.caption").exists())
+    assert (root / "datasets" / "cats" / "10_cat" / "blue_cat-01.caption").read_text() == "blue cat"
+
+    page.get_by_role("button", name="Draw for the first steps").click()
+    page.wait_for_selector("#lw-draws img", timeout=60000)
+    seen = page.inner_text("#lw-draws")
+    assert "blue cat" in seen and "18 tokens cut" in seen and "step 1" in seen and "step 8" in seen
+    page.get_by_role("button", name="Other draws").click()
+    page.wait_for_selector("#lw-draws >> text=step 9 ", timeout=60000)
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
