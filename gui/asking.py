@@ -48,7 +48,7 @@ SHAPES: dict[str, Shape] = {
     "files": RUN,
     "delete": RUN,
     "compare": {"runs": list[str]},
-    "poll": {"run": str, "follow": str, "events": int, "log": int},
+    "poll": {"run": str | None, "follow": str, "events": int, "log": int},
     "control": {**RUN, "word": str},
     "runs": {},
     "settings": RUN,
