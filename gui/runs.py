@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -90,11 +90,15 @@ class Runs:
 
     def ids(self) -> list[str]:
         """Newest first."""
+        found = []
         try:
-            found = [entry.name for entry in os.scandir(self.folder) if _ID.fullmatch(entry.name) and entry.is_dir()]
+            for entry in os.scandir(self.folder):
+                if _ID.fullmatch(entry.name) and entry.is_dir():
+                    with suppress(FileNotFoundError):  # the queue gives a run that begins another name
+                        found.append((entry.name[:15], entry.stat().st_mtime, entry.name))
         except FileNotFoundError:
             return []
-        return sorted(found, key=lambda name: (name[:15], (self.folder / name).stat().st_mtime), reverse=True)
+        return [name for _, _, name in sorted(found, reverse=True)]
 
     def find(self, run_id: str) -> Run | None:
         """The run of that id; the newest that was started for ""; None if there is none."""

@@ -44,7 +44,8 @@ def until(check, patience_s=40):
 
 
 def states(queue):
-    return {run_id[16:]: runs.state(queue.runs.find(run_id)) for run_id in queue.runs.ids()}
+    with queue.runs.alone():
+        return {run_id[16:]: runs.state(queue.runs.find(run_id)) for run_id in queue.runs.ids()}
 
 
 def test_what_waits_is_queued_in_the_order_of_adding_and_is_not_the_newest_run(queue):
@@ -101,10 +102,15 @@ def test_two_servers_of_one_folder_start_one_run_at_a_time_and_each_once(queue):
     for name in ("a", "b", "c", "d"):
         add(queue, name)
     servers = [Queue(Runs(queue.runs.folder, ROOT, FAKE)) for _ in range(2)]
+    ready = threading.Barrier(2)
+
+    def at_once(server):
+        ready.wait()
+        return server.start_next()
+
     for _ in range(4):
-        ready = threading.Barrier(2)
         with ThreadPoolExecutor(2) as pool:
-            started = [run for run in pool.map(lambda server: (ready.wait(), server.start_next())[1], servers) if run]
+            started = [run for run in pool.map(at_once, servers) if run]
         assert len(started) == 1
         runs.kill(started[0])
     assert sorted(states(queue)) == ["a", "b", "c", "d"] and not queue.waiting()
