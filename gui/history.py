@@ -36,6 +36,20 @@ def _saved(run: Run, size: int) -> tuple[tuple[Path, str, float], ...]:
     return tuple((run.folder / str(e["path"]), str(e["what"]), float(str(e["time"]))) for e in found)
 
 
+def checkpoints(run: Run) -> list[dict[str, Any]]:
+    """The LoRA files of a run that are still there, oldest first: name, path, step, epoch."""
+    found: dict[str, dict[str, Any]] = {}
+    if run.events.exists():
+        for event, _ in events.read(run.events):
+            path = run.folder / str(event.get("path"))
+            if event["type"] == "saved" and event["what"] != "state" and path.is_file():
+                found.pop(path.name, None)
+                found[path.name] = {
+                    "name": path.name, "path": str(path), "step": event["step"], "epoch": event["epoch"]
+                }  # fmt: skip
+    return list(found.values())
+
+
 def has_state(run: Run) -> bool:
     """Whether a state of the run is still there, which need not be sound."""
     return next(_states(run), None) is not None
@@ -111,7 +125,7 @@ def rest(run: Run) -> Rest:
         written |= {run.folder / str(e["path"]) for e, _ in events.read(run.events) if e["type"] == "sample"}
     goes, stays = [], []
     for path in sorted(run.folder.iterdir()):
-        if path in own or path == run.logs or path.name.endswith(".tmp"):
+        if path in own or path in (run.logs, run.grid) or path.name.endswith(".tmp"):
             goes.append(path)
         elif path in (run.samples, run.output) and path.is_dir() and not path.is_symlink():
             for inner in sorted(path.iterdir()):

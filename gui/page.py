@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gui import form, history, live
+from gui import choosing, form, history, live
 from gui.asking import asked
 from gui.files import Roots
 from gui.gradio_import import gr
@@ -43,6 +43,7 @@ SCRIPTS = (
     "live",
     "bar",
     "compare",
+    "choose",
     "lists",
     "outlook",
     "dataset",
@@ -51,6 +52,9 @@ SCRIPTS = (
     "tools",
     "begin",
 )
+LATER_STYLES = ("tools", "runs")
+"""Of tabs that are opened later: they come with the scripts, since Gradio wants the index small."""
+
 PARAMETER_TABS = ("Basic", "Advanced")
 MOST_RUNS = 100
 MOST_COMPARED = 6
@@ -347,6 +351,26 @@ class Desk:
         self.allow(path)
         return {"path": str(path)}
 
+    def checkpoints(self, ask: Ask) -> Answer:
+        """What of a run can be drawn to choose by, and the grid that was drawn last."""
+        run = self._run(ask)
+        return {**choosing.offer(run), **self.grid(ask)} if run else {"files": []}
+
+    def grid_start(self, ask: Ask) -> Answer:
+        run = self._run(ask)
+        if run is None:
+            return {"problems": [asdict(Problem("", "Run", "There is no such run."))]}
+        problems = choosing.start(self.tools, run, [str(name) for name in ask["names"]], ask)
+        return {"problems": [asdict(problem) for problem in problems]}
+
+    def grid(self, ask: Ask) -> Answer:
+        """How far the grid of a run is drawn."""
+        run = self._run(ask)
+        if run is None:
+            return {"state": "none", "grid": None}
+        self.allow(run.grid)
+        return choosing.poll(self.tools, run)
+
     def listing(self, ask: Ask) -> Answer:
         return self.roots.listing(str(ask["path"]), bool(ask["files"]))
 
@@ -403,6 +427,9 @@ class Desk:
             "runs": self.list_runs,
             "settings": self.settings,
             "download": self.download,
+            "checkpoints": self.checkpoints,
+            "grid_start": self.grid_start,
+            "grid": self.grid,
             "listing": self.listing,
             "tools": self.offer_tools,
             "tool_start": self.start_tool,
@@ -465,10 +492,13 @@ def theme() -> gr.themes.Base:
 
 def style() -> str:
     """The style sheet, for the page's head: Gradio rewrites what is given as css."""
-    whole = re.sub(r"/\*.*?\*/", "", _text("page.css") + _text("tools.css"), flags=re.DOTALL)
+    return f"<style>{_dense('page')}</style>"
+
+
+def _dense(name: str) -> str:
+    whole = re.sub(r"/\*.*?\*/", "", _text(f"{name}.css"), flags=re.DOTALL)
     # Blanks before a colon or a bracket mean something in a selector; these mean nothing.
-    dense = re.sub(r" ?([{};]) ?|(?<=[:,]) ", r"\1", whole)
-    return f"<style>{dense}</style>"
+    return re.sub(r" ?([{};]) ?|(?<=[:,]) ", r"\1", whole)
 
 
 def _text(name: str) -> str:
@@ -484,6 +514,7 @@ def _markup(name: str) -> str:
 def script(words: Words) -> str:
     """The page's scripts as one module, whose function puts the page together."""
     parts = [f"const WORDS = {json.dumps(words, ensure_ascii=False)};"]
+    parts += [f"const LATER_STYLES = {json.dumps(''.join(map(_dense, LATER_STYLES)))};"]
     parts += [(STATIC / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
     return "\n".join(["export default async function (server) {", *parts, "await begin(reliable(server));", "}\n"])
 

@@ -36,7 +36,7 @@ DOCTOR = {
 }
 """A tool without options, which works on no file: `python -m trainer doctor`."""
 
-PATHS = ("file", "model", "lines")
+PATHS = ("file", "model")
 
 
 class Tools:
@@ -66,10 +66,12 @@ class Tools:
             return [Problem("", "Tool", f'there is no tool "{name}"')]
         tool = TOOLS[name]
         values, problems = self._inside(tool, {key: entries.get(key, "") for key in tool.parameters})
-        problems = problems or list(problems_of(name, values))
-        if problems:
-            return problems
-        return self._launch(name, entries, tool.words({**values, "events": str(self.job.events)}))
+        return problems or self.begin(name, values)
+
+    def begin(self, name: str, values: Mapping[str, Any]) -> list[Problem]:
+        """Start a tool on values whose paths are allowed. Returns what stands in the way; empty when it runs."""
+        words = TOOLS[name].words({**values, "events": str(self.job.events)})
+        return list(problems_of(name, values)) or self._launch(name, values, words)
 
     def _launch(self, name: str, entries: Mapping[str, Any], words: Sequence[str]) -> list[Problem]:
         with self._lock:
@@ -121,7 +123,7 @@ class Tools:
         """The values with whole paths, and a problem for each path that leads outside the allowed folders."""
         found, problems = dict(values), []
         for key, p in tool.parameters.items():
-            if p.kind in PATHS:
+            if p.kind in PATHS or key in tool.inputs:
                 lines = []
                 for line in filter(str.strip, str(values[key]).splitlines()):
                     try:
@@ -130,7 +132,7 @@ class Tools:
                         problems.append(Problem(key, p.label, str(error)))
                         continue
                     # What is embedded may be read by all, and is nobody's to write.
-                    is_embedded = line.strip().startswith(EMBEDDED) and key in tool.inputs
+                    is_embedded = line.strip().startswith(EMBEDDED) and key != "output"
                     if not is_embedded and not self.roots.holds(path):
                         problems.append(
                             Problem(key, p.label, f'"{line}" is outside the folders that this page may use')

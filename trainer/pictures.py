@@ -13,6 +13,7 @@ from trainer.events import Phase, Sample, Warned
 from trainer.prepare import Session
 from trainer.prompts import Prompt
 from trainer.randomness import seed_for
+from trainer.schema import Config
 from trainer.trackers import Shown
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,7 @@ def draw_comparison(s: Session, step: int) -> None:
 
 def _draw(s: Session, step: int, index: int, prompt: Prompt, strength: float = 1.0) -> Image.Image | None:
     """Draw, save and tell of one picture; None where it failed. `strength`: the network's, as it is set already."""
-    seed = prompt.seed if prompt.seed is not None else seed_for(s.seed, "sample", index) % 2**32
-    size = prompt.width or s.config.data.resolution[0], prompt.height or s.config.data.resolution[1]
+    seed, size = seed_and_size(s.config, s.seed, index, prompt)
     try:
         with s.network.without_dropout():
             image = sampling.draw(s.model, prompt, s.config.samples.sampler, size, seed, s.check, s.prompt_texts)
@@ -69,9 +69,15 @@ def _draw(s: Session, step: int, index: int, prompt: Prompt, strength: float = 1
     if is_black(image):
         s.emit(Warned(f"The picture of sample prompt {index + 1} at step {step} is black.", BLACK))
     path = _path(s, step, index, strength)
-    sampling.save_png(image, path, _parameters(prompt, s.config.samples.sampler, size, seed))
+    sampling.save_png(image, path, parameters(prompt, s.config.samples.sampler, size, seed))
     s.emit(Sample(path.relative_to(s.run.folder).as_posix(), prompt.prompt, index, seed, step, strength))
     return image
+
+
+def seed_and_size(config: Config, run_seed: int, index: int, prompt: Prompt) -> tuple[int, tuple[int, int]]:
+    """The seed and (width, height) of the picture of the prompt that stands at `index`, from 0."""
+    seed = prompt.seed if prompt.seed is not None else seed_for(run_seed, "sample", index) % 2**32
+    return seed, (prompt.width or config.data.resolution[0], prompt.height or config.data.resolution[1])
 
 
 def is_black(image: Image.Image) -> bool:
@@ -90,7 +96,7 @@ def _done(s: Session, step: int) -> None:
     s.emit(Phase("training", step, s.length.total_steps))
 
 
-def _parameters(prompt: Prompt, sampler: str, size: tuple[int, int], seed: int) -> str:
+def parameters(prompt: Prompt, sampler: str, size: tuple[int, int], seed: int) -> str:
     negative = f"\nNegative prompt: {prompt.negative}" if prompt.negative else ""
     settings = f"Steps: {prompt.steps}, Sampler: {sampler}, CFG scale: {prompt.cfg_scale:g}, Seed: {seed}"
     return f"{prompt.prompt}{negative}\n{settings}, Size: {size[0]}x{size[1]}"

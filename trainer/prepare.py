@@ -97,8 +97,7 @@ def prepare(
     """
     training = config.training
     torch.set_num_threads(training.threads)
-    accelerator, precision = _accelerator(config, emit)
-    dtype = COMPUTE[precision]
+    accelerator, precision = accelerator_of(config, emit)
     found = state.resumed(config, run.folder.parent)
     resumed = found[0] if found else None
     seed = training.seed
@@ -119,28 +118,8 @@ def prepare(
         dataset = replace(dataset, pictures=tuple(dataset.pictures[place] for place in chosen))
         placements = [placements[place] for place in chosen]
 
-    def fetching(done: int, total: int) -> None:
-        emit(Phase("fetching the base model (MB)", done // 10**6, total // 10**6))
-        check()
-
-    emit(Phase("loading the base model"))
-    model = models.load(
-        config.model.path,
-        config.model.vae,
-        dtype,
-        torch.device("cpu"),
-        config.captions.clip_skip,
-        config.captions.max_tokens,
-        prediction="v_prediction" if config.model.v_parameterization else "epsilon",
-        vae_dtype=torch.float32 if config.model.full_vae else None,
-        progress=fetching,
-    )
-    if config.objective.zero_terminal_snr:
-        model.schedule = model.schedule.with_zero_terminal_snr()
-    # Each part goes to the device when its turn comes, so that the U-Net is not there beside the VAE's work.
-    model.device = device = accelerator.device
-    model.schedule = model.schedule.to(device)
-    _choose_attention(model, training, device)
+    device = accelerator.device
+    model = base_model(config, precision, device, emit, check)
     if training.checkpointing:
         models.recompute(model)
 
@@ -172,7 +151,7 @@ def prepare(
         prompt_texts = texts.of_prompts(model, [text for prompt in prompts for text in prompt.texts])
         for encoder in model.text_encoders.values():
             encoder.to("meta")
-    _make_compact(model, training, with_text_encoders=not config.captions.cache_states)
+    make_compact(model, training, with_text_encoders=not config.captions.cache_states)
     model.unet.to(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -239,7 +218,37 @@ def _resume(resumed: state.State, config: Config, length: Length, emit: Emit) ->
     log.info("resuming %s at step %d", resumed.folder, resumed.step + 1)
 
 
-def _accelerator(config: Config, emit: Emit) -> tuple[Accelerator, str]:
+def base_model(config: Config, precision: str, device: torch.device, emit: Emit, check: Callable[[], None]) -> Any:
+    """The base model as the settings want it. Its parts are in the main memory.
+
+    Each goes to the device when its turn comes, so that the U-Net is not there beside the VAE's work.
+    """
+
+    def fetching(done: int, total: int) -> None:
+        emit(Phase("fetching the base model (MB)", done // 10**6, total // 10**6))
+        check()
+
+    emit(Phase("loading the base model"))
+    model = models.load(
+        config.model.path,
+        config.model.vae,
+        COMPUTE[precision],
+        torch.device("cpu"),
+        config.captions.clip_skip,
+        config.captions.max_tokens,
+        prediction="v_prediction" if config.model.v_parameterization else "epsilon",
+        vae_dtype=torch.float32 if config.model.full_vae else None,
+        progress=fetching,
+    )
+    if config.objective.zero_terminal_snr:
+        model.schedule = model.schedule.with_zero_terminal_snr()
+    model.device = device
+    model.schedule = model.schedule.to(device)
+    _choose_attention(model, config.training, device)
+    return model
+
+
+def accelerator_of(config: Config, emit: Emit) -> tuple[Accelerator, str]:
     """The device and the precision that it can compute in."""
     precision: str = config.training.precision
     if precision == "fp16" and not torch.cuda.is_available():
@@ -274,7 +283,7 @@ def _choose_attention(model: Any, training: Training, device: torch.device) -> N
             log.info("xformers is not used (%s). PyTorch's scaled-dot-product attention takes its place.", reason)
 
 
-def _make_compact(model: Any, training: Training, *, with_text_encoders: bool) -> None:
+def make_compact(model: Any, training: Training, *, with_text_encoders: bool) -> None:
     """Keep the frozen layers in the bits that the settings say, but for the U-Net's first and last."""
     kinds = {}
     if training.fp8_base or training.fp8_base_unet:

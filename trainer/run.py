@@ -7,6 +7,7 @@
     control         requests, one word a line, appended by anyone
     samples/        pictures
     logs/           curves, unless the preset names another folder
+    grid/           pictures to choose a checkpoint by
     output/         the LoRA files, unless the preset names another folder
     exit            how the process ended, as JSON, written by the page that started it
     killed          empty; there when the page ended the trainer by force
@@ -77,6 +78,10 @@ class Run:
     @property
     def output(self) -> Path:
         return self.folder / "output"
+
+    @property
+    def grid(self) -> Path:
+        return self.folder / "grid"
 
     @property
     def exit(self) -> Path:

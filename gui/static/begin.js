@@ -2,6 +2,7 @@
 
 async function begin(server) {
   await whenThere(() => byId("form") && byId("lw-read") && byId("lw-fill") && byId("lw-log"), 20000);
+  document.head.append(make("style", {}, LATER_STYLES));
   const hello = await server.hello({});
   const form = new Form(hello.table, server);
   form.models = hello.models;

@@ -4,6 +4,7 @@ class RunList {
   constructor(server, live, bar) {
     Object.assign(this, { server, live, bar, chosen: new Set() });
     this.comparison = new Compare(bar.form, server);
+    this.chooser = new Chooser(server, live, bar);
     document.addEventListener("click", (event) => {
       if (event.target.id === "lw-compare-now") this.bar.order(() => this.comparison.show([...this.chosen]));
     });
@@ -61,7 +62,7 @@ class RunList {
         this.stranded(run)),
       make("td", { class: "lw-number" }, run.total ? `${run.step}/${run.total}` : "–"),
       make("td", { class: "lw-number" }, run.loss === null ? "–" : run.loss.toPrecision(3)),
-      make("td", { class: "lw-acts" }, run.stranded === "" && act(said("Resume"), () => this.resume(run)), act(said("Repeat"), () => this.repeat(run)),
+      make("td", { class: "lw-acts" }, run.files > 0 && act(said("Choose a checkpoint"), () => this.chooser.open(run.id)), run.stranded === "" && act(said("Resume"), () => this.resume(run)), act(said("Repeat"), () => this.repeat(run)),
         waits ? place > 0 && act(said("Earlier"), turn("earlier")) : act(said("Files"), () => this.files(run)),
         waits ? act(said("Remove"), turn("remove")) : !alive && act(said("Delete"), () => this.remove(run))));
   }

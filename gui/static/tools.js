@@ -1,6 +1,6 @@
 // The Tools tab: forms by the tools' declarations, one running tool, its progress and its report.
 
-const OUTPUTS = { merge: "merged", "merge-loras": "merged", resize: "resized", extract: "difference", convert: "converted" };
+const OUTPUTS = { merge: "merged", "merge-loras": "merged", resize: "resized", extract: "difference", convert: "converted", grid: "grid" };
 
 class Tools {
   constructor(server, form, bar) {
@@ -59,9 +59,8 @@ class Tools {
   get values() { return this.entries[this.tool.name]; }
 
   draw() {
-    const weighted = this.tool.fields.some((p) => p.key === "strengths");
     const fields = this.tool.fields.filter((p) => p.key !== "strengths");
-    byId("lw-tool-form").replaceChildren(...fields.map((p) => (p.kind === "lines" && weighted ? this.loras(p) : this.field(p))));
+    byId("lw-tool-form").replaceChildren(...fields.map((p) => (p.key === "loras" ? this.loras(p) : this.field(p))));
     this.fit();
   }
 
@@ -76,7 +75,7 @@ class Tools {
     const source = (this.values.loras || this.values.lora || this.values.tuned || "").split("\n")[0];
     const dot = source.lastIndexOf(".");
     const folder = this.tool.name === "merge" && !/\.[a-z]+$/i.test(this.values.model) && this.values.model;
-    this.values.output = input.value = source && dot > 0 ? `${source.slice(0, dot)}-${word}${folder ? "" : ".safetensors"}` : "";
+    this.values.output = input.value = source && dot > 0 ? `${source.slice(0, dot)}-${word}${folder || word === "grid" ? "" : ".safetensors"}` : "";
   }
 
   set(key, value) {
@@ -95,6 +94,9 @@ class Tools {
     } else if (p.kind === "choice") {
       control = make("select", { ...common, class: "lw-input", onchange: (e) => this.set(p.key, e.target.value) },
         ...p.choices.map((choice) => make("option", { value: choice, selected: choice === value }, choice)));
+    } else if (p.kind === "lines") {
+      control = make("textarea", { ...common, class: "lw-input", rows: 3, value, spellcheck: false,
+        placeholder: p.blank ? t`empty: ${p.blank}` : "", oninput: (e) => this.set(p.key, e.target.value) });
     } else {
       control = make("input", { ...common, class: "lw-input", value, spellcheck: false, autocomplete: "off",
         placeholder: p.blank ? `empty: ${p.blank}` : "", oninput: (e) => this.set(p.key, e.target.value) });
@@ -121,10 +123,10 @@ class Tools {
   // LoRAs with their strengths, one row each; the entries are lines of paths and numbers between commas.
   loras(p) {
     const strengths = this.tool.fields.find((other) => other.key === "strengths");
-    const paths = this.values.loras.split("\n"), numbers = String(this.values.strengths).split(",");
+    const paths = this.values.loras.split("\n"), numbers = String(this.values.strengths ?? "").split(",");
     const rows = this.values.loras ? paths.map((path, i) => [path, numbers[i] ?? numbers[0]]) : [["", "1"]];
     const store = () => {
-      this.set("strengths", rows.map(([, number]) => number.trim() || "1").join(","));
+      if (strengths) this.set("strengths", rows.map(([, number]) => number.trim() || "1").join(","));
       this.set("loras", rows.map(([path]) => path).join("\n"));
     };
     const again = () => { store(); byId("lw-option-loras").replaceWith(this.loras(p)); };
@@ -132,7 +134,7 @@ class Tools {
       const path = make("input", { id: `lw-input-loras-${i}`, class: "lw-input", value: entry[0], spellcheck: false, autocomplete: "off",
         "aria-label": `LoRA ${i + 1}`, "aria-errormessage": "lw-wrong-loras", oninput: (e) => { entry[0] = e.target.value; store(); } });
       path.setAttribute("list", "lw-loras");
-      const number = make("input", { class: "lw-input lw-strength", value: entry[1], inputMode: "decimal", autocomplete: "off",
+      const number = strengths && make("input", { class: "lw-input lw-strength", value: entry[1], inputMode: "decimal", autocomplete: "off",
         "aria-label": `Strength of LoRA ${i + 1}`, title: "Strength", "aria-description": strengths.help, oninput: (e) => { entry[1] = e.target.value; store(); } });
       const remove = make("button", { class: "lw-button", type: "button", "aria-label": `Remove LoRA ${i + 1}`, disabled: rows.length === 1,
         onclick: () => { rows.splice(i, 1); again(); byId("lw-input-loras-0").focus(); } }, "×");
@@ -140,7 +142,7 @@ class Tools {
     };
     const add = make("button", { class: "lw-link", type: "button",
       onclick: () => { rows.push(["", "1"]); again(); byId(`lw-input-loras-${rows.length - 1}`).focus(); } }, "Add a LoRA");
-    return this.frame({ ...p, label: "LoRAs and strengths", help: `${p.help} ${strengths.help}` }, "lw-input-loras-0",
+    return this.frame(strengths ? { ...p, label: "LoRAs and strengths", help: `${p.help} ${strengths.help}` } : p, "lw-input-loras-0",
       ...rows.map(row), make("div", {}, add), make("p", { class: "lw-wrong", id: "lw-wrong-strengths" }));
   }
 
@@ -152,7 +154,7 @@ class Tools {
       const wrong = byId(`lw-wrong-${p.key}`);
       if (!wrong) { elsewhere.push(p); continue; }
       wrong.textContent = p.message;
-      wrong.parentElement.querySelector("input, select")?.setAttribute("aria-invalid", "true");
+      wrong.parentElement.querySelector("input, select, textarea")?.setAttribute("aria-invalid", "true");
     }
     byId("lw-tool-form").querySelector("[aria-invalid]")?.focus();
     return elsewhere;

@@ -26,6 +26,7 @@ from trainer.schema.declare import Group, Parameter, describe, parameter
 from trainer.tools import Report
 
 SAME = "same"
+MOST_STRENGTH = 10
 Precision = Literal["same", "fp16", "bf16", "float"]
 
 option = partial(parameter, section=None)  # a tool's form has no sections
@@ -51,6 +52,11 @@ clamp_quantile = partial(
 )
 
 
+def paths_of(lines: str) -> list[Path]:
+    """The paths of an option that has one a line."""
+    return [resolve(line) for line in lines.splitlines() if line.strip()]
+
+
 class Weighted(Group):
     """Options with several LoRAs, each with a number."""
 
@@ -65,7 +71,7 @@ class Weighted(Group):
 
     def pairs(self) -> list[tuple[Path, float]]:
         """Each LoRA with its strength. Raises ConfigError when the numbers do not fit."""
-        paths = [resolve(line) for line in self.loras.splitlines() if line.strip()]
+        paths = paths_of(self.loras)
         words = self.strengths.replace(",", " ").split() or ["1"]
         try:
             numbers = [float(word) for word in words]
@@ -199,9 +205,69 @@ class Convert(Group):
     )
 
 
+class Grid(Group):
+    loras: str = option(
+        "loras", "", "LoRAs", kind="lines",
+        help="The files to choose from, one row each: those that a run saved, or any others of one base model.",
+    )  # fmt: skip
+    at: str = option(
+        "at",
+        "0.5, 0.75, 1",
+        "Strengths",
+        help="The strengths to draw each file at, one column each, with commas between. 1 is as trained, 0 is the base "
+        "model alone.",
+    )
+    prompts: str = option(
+        "prompts",
+        "",
+        "Prompts",
+        help="One prompt a line, with the flags of sample prompts at its end (--n, --w, --h, --d, --l, --s). Every file "
+        "and strength gets the same seeds.",
+        kind="lines",
+        blank="those of the settings",
+    )
+    output: str = option(
+        "output", "", "Output", kind="file",
+        help="The folder to draw into. Drawn again, it gets only the pictures that it lacks.",
+    )  # fmt: skip
+    settings: str = option(
+        "settings",
+        "",
+        "Settings",
+        help="A run's folder or a preset file: base model, precision, size, sampler and prompts are taken from it.",
+        kind="file",
+        blank="what the first LoRA says of its training",
+    )
+    model: str = option(
+        "model", "", "Checkpoint", help="The base model to draw with.", kind="model", blank="that of the settings"
+    )
+    seed: int | None = option(
+        "seed", None, "Seed", help="For prompts without a seed of their own.", blank="that of the training", ge=0
+    )
+
+    @property
+    def paths(self) -> list[Path]:
+        return paths_of(self.loras)
+
+    @property
+    def strengths(self) -> list[float]:
+        """Each once, in order. Raises ConfigError where one is no number."""
+        try:
+            found = list(dict.fromkeys(float(word) for word in self.at.replace(",", " ").split()))
+        except ValueError:
+            found = []
+        if not found or not all(abs(number) <= MOST_STRENGTH for number in found):
+            message = f'"{self.at}" is not allowed; it must be numbers from -{MOST_STRENGTH} to {MOST_STRENGTH} with commas between'
+            raise ConfigError([Problem("at", "Strengths", message)])
+        return found
+
+
 @dataclass(frozen=True)
 class Tool:
-    """`inputs`: the options that must be given; on the command line they stand without a name."""
+    """`inputs`: the options that must be given; on the command line they stand without a name.
+
+    `stopped`: what is told when it is stopped.
+    """
 
     name: str
     label: str
@@ -209,6 +275,7 @@ class Tool:
     example: str
     options: type[Group]
     inputs: tuple[str, ...]
+    stopped: str = "Stopped; nothing was written."
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
@@ -231,7 +298,8 @@ class Tool:
             if key in (*self.inputs, "output") and not str(getattr(options, p.name)).strip()
         ]
         if not problems:
-            problems = [problem for key in self.inputs for problem in self._absent(key, getattr(options, key))]
+            read = [key for key, p in self.parameters.items() if key in self.inputs or p.kind in ("file", "model")]
+            problems = [p for key in read if key != "output" for p in self._absent(key, getattr(options, key))]
         if problems:
             raise ConfigError(problems)
         return options
@@ -321,6 +389,15 @@ TOOLS: Mapping[str, Tool] = {
             Convert,
             ("lora",),
         ),
+        Tool(
+            "grid",
+            "Choose a checkpoint",
+            "Draw the same prompts with every file at every strength, from the same seeds, to choose by.",
+            "grid style-000002.safetensors style.safetensors --settings runs/20260102-030405-style --output style-grid",
+            Grid,
+            ("loras",),
+            "Stopped; the pictures drawn so far are kept.",
+        ),
     )
 }
 
@@ -377,7 +454,7 @@ def main(given: argparse.Namespace) -> int:
     try:
         report = tool.run(tool.read(values), teller)
     except KeyboardInterrupt:
-        return _fail(events, Failed("stopped", "Stopped; nothing was written."), EXIT_STOPPED)
+        return _fail(events, Failed("stopped", tool.stopped), EXIT_STOPPED)
     except ConfigError as error:
         return _fail(events, Failed("config", "\n".join(str(p) for p in error.problems)), EXIT_CONFIG)
     except LorawrightError as error:
