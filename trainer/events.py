@@ -8,12 +8,16 @@ a newline.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import TypeAdapter
 
 
 @dataclass(frozen=True)
@@ -189,8 +193,8 @@ def last(path: Path, most_bytes: int = 16384) -> list[dict[str, object]]:
 def read(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, object], int]]:
     """The events from a byte offset on, each with the offset behind it.
 
-    A last line without its newline is left for the next read; one that is not JSON (the disk
-    was full when it was written) is passed over.
+    A last line without its newline is left for the next read. What no trainer wrote is passed over: a line
+    that is not JSON (the disk was full when it was written), or that lacks what its type must have.
     """
     with open(path, "rb") as file:
         file.seek(offset)
@@ -199,8 +203,31 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, object], int]]
                 return
             offset += len(line)
             try:
-                record = json.loads(line)
-            except ValueError:
+                record = json.loads(line, parse_float=_finite, parse_constant=_finite)
+                if _sound(record, line):
+                    yield record, offset
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and "type" in record:
-                yield record, offset
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number that can be shown")
+    return number
+
+
+def _sound(record: object, line: bytes) -> bool:
+    """Whether a line is an event. Raises ValueError where its type is one of these and it lacks a field."""
+    if not isinstance(record, dict) or type(record.get("time")) not in (int, float):
+        return False
+    kind = record.get("type")
+    if kind in _kinds():
+        _kinds()[kind].validate_json(line, strict=True)
+    return isinstance(kind, str)
+
+
+@cache
+def _kinds() -> dict[object, TypeAdapter[Any]]:
+    kinds: list[type[Event]] = [Started, Phase, Step, Sample, Saved, Verified, Warned, Failed, Ended]
+    return {kind.type: TypeAdapter(kind) for kind in kinds}

@@ -228,7 +228,10 @@ def test_what_a_run_only_claims_to_have_saved_is_not_handed_out(desk, place):
     (run.output / "a.safetensors").symlink_to(place / "outside" / "private.safetensors")
     with run.events.open("a") as file:
         file.write(
-            json.dumps({"type": "saved", "time": 1, "path": "output/a.safetensors", "step": 1, "what": "final"}) + "\n"
+            json.dumps(
+                {"type": "saved", "time": 1, "path": "output/a.safetensors", "step": 1, "epoch": 1, "what": "final"}
+            )
+            + "\n"
         )
     assert json.loads(ask(desk, "download", {"run": RUN, "name": "a.safetensors"}))["path"] is None
     run.config.write_text(json.dumps({"output_dir": str(place / "outside")}))

@@ -214,7 +214,8 @@ def test_half_a_line_waits_and_a_broken_one_is_passed_over(quiet_run, tmp_path):
     assert answer["phase"]["name"] == "a" and answer["points"] == []
     with quiet_run.events.open("ab") as file:
         file.write(
-            b'ep", "time": 2, "step": 1, "loss": 1, "average_loss": 1, "unet_lr": null, "text_encoder_lr": null}\n'
+            b'ep", "time": 2, "step": 1, "total": 1, "epoch": 1, "epochs": 1, "loss": 1, "average_loss": 1, '
+            b'"unet_lr": null, "text_encoder_lr": null, "steps_per_s": 1, "seconds_left": 0, "memory_bytes": 0}\n'
         )
     answer = live.poll(
         Runs(tmp_path, ROOT, FAKE), {"run": quiet_run.folder.name, "follow": "", "events": answer["events"]}

@@ -213,9 +213,10 @@ class _Metadata:
         found = self.table("ss_tag_frequency")
         found = found if isinstance(found, dict) else {}
         for one in self.datasets():
-            found = found | (one.get("tag_frequency") or {})
+            more = one.get("tag_frequency")
+            found = found | (more if isinstance(more, dict) else {})
         return {
-            str(folder): dict(Counter({str(tag): int(n) for tag, n in tags.items()}).most_common())
+            str(folder): dict(Counter({tag: n for tag, n in tags.items() if type(n) is int}).most_common())
             for folder, tags in found.items()
             if isinstance(tags, dict)
         }
