@@ -146,9 +146,17 @@ FIELDS = {
 }
 
 
+BY_KIND = {str: odd_words, int: st.integers(), bool: st.booleans(), list[str]: st.lists(odd_words, max_size=3)}
+PLAIN_BY_KIND = {str: "1", int: 0, bool: True, list[str]: ["x"]}
+
+
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_forged_questions_get_an_answer_or_a_clear_refusal(desk, place, name):
-    needed = {key: FIELDS[key] for key in SHAPES[name] if not key.endswith("?")}
+    needed = {
+        key: FIELDS[key] if key in FIELDS else BY_KIND[kind]
+        for key, kind in SHAPES[name].items()
+        if not key.endswith("?")
+    }
     others = {key: FIELDS[key] | anything for key in FIELDS if key not in needed}
     wrong = st.fixed_dictionaries({}, optional=dict.fromkeys(needed, anything)) | anything
 
@@ -192,7 +200,8 @@ PLAIN = {
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_no_function_reads_or_writes_outside_the_roots(desk, place, name):
-    needed = {key.removesuffix("?"): PLAIN[key.removesuffix("?")] for key in SHAPES[name]}
+    shape = {key.removesuffix("?"): kind for key, kind in SHAPES[name].items()}
+    needed = {key: PLAIN[key] if key in PLAIN else PLAIN_BY_KIND[kind] for key, kind in shape.items()}
     for field, value in needed.items():
         if isinstance(value, bool | int | dict):
             continue
