@@ -7,7 +7,6 @@ folder is written, no link is made, and no more is unpacked than was announced.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import os
 import re
@@ -115,7 +114,7 @@ class Uploads:
         part = self._part(name)
         try:
             piece = base64.b64decode(data, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # binascii's own is one
             raise DataError("A piece of the zip did not come through.", "Try again.") from error
         with self._opened(part, "r+b") as file:
             have = file.seek(0, os.SEEK_END)

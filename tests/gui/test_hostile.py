@@ -117,7 +117,8 @@ def test_every_function_says_how_it_must_be_asked(desk):
 odd_words = st.sampled_from(
     ["", ".", "..", "/", "~", "~root", "NaN", "1e999", "-1", "0x10", "\0", "\ud800", "a" * 5000, "\n", "embedded:../..",
      "${HOME}", "$(id)", "; ls", "__import__('os')", "<script>", "shipped/../../outside/private", "own/x", "9" * 400,
-     RUN, "20260101-000000-../..", "stop", "kill", "undo", "write", "replace", "add", "remove", "inspect", "doctor"]
+     RUN, "20260101-000000-../..", "stop", "kill", "undo", "write", "replace", "add", "remove", "inspect", "doctor",
+     "place", "begin", "unpack", "drop", "é", "AAAA", "0" * 32]
 )  # fmt: skip
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), odd_words)
 anything = st.recursive(
@@ -157,11 +158,14 @@ def test_forged_questions_get_an_answer_or_a_clear_refusal(desk, place, name):
         for key, kind in SHAPES[name].items()
         if not key.endswith("?")
     }
+    maybe = {key.removesuffix("?"): kind for key, kind in SHAPES[name].items() if key.endswith("?")}
     others = {key: FIELDS[key] | anything for key in FIELDS if key not in needed}
+    others |= {key: BY_KIND[kind] for key, kind in maybe.items() if key not in FIELDS}
+    right = {key: FIELDS[key] if key in FIELDS else BY_KIND[kind] for key, kind in maybe.items()}
     wrong = st.fixed_dictionaries({}, optional=dict.fromkeys(needed, anything)) | anything
 
     @settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    @given(st.fixed_dictionaries(needed, optional=others) | st.fixed_dictionaries(needed) | wrong)
+    @given(st.fixed_dictionaries(needed, optional=others) | st.fixed_dictionaries(needed, optional=right) | wrong)
     def forge(question):
         answer = ask(desk, name, placed(question, place))
         assert "hunter2" not in answer
