@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,13 +12,15 @@ from dataclasses import replace
 import torch
 
 from trainer import kohya, optim, state
+from trainer.compact import give_back_memory
 from trainer.data import texts
 from trainer.errors import TrainingError
 from trainer.events import Phase, Warned
 from trainer.models import recompute
 from trainer.prepare import Session
-from trainer.schema.memory import is_memory, states_can_be_cached
+from trainer.schema.memory import full, is_memory, states_can_be_cached
 
+log = logging.getLogger(__name__)
 MOST_RETURNS = 3
 
 
@@ -39,6 +42,9 @@ def go_on(s: Session, step: int, error: Exception, keep: Callable[[Session, int]
     past = newest_state(s)
     if s.whole and not not_a_number and step >= s.first_step and (past is None or past.step < step):
         keep(s, step)
+    if is_memory(error):
+        log.info("where memory ended:", exc_info=error)
+        raise TrainingError("out_of_memory", *full(error, s.config)) from error
     raise error
 
 
@@ -78,12 +84,13 @@ def _go_on_with_less(s: Session, step: int, message: str) -> int | None:
         return None
     s.optimizer.zero_grad(set_to_none=True)
     gc.collect()
+    give_back_memory()
     if s.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     for lighten in (_recompute, _split, _cache_states):
         if what := lighten(s):
             first = message.splitlines()[0] if message else "out of memory"
-            s.emit(Warned(f"The memory is full at step {step + 1} ({first}). It is taken again with {what}."))
+            s.emit(Warned(f"The memory is full at step {step + 1} ({first}). The step is taken again with {what}."))
             return step
     return None
 

@@ -19,7 +19,7 @@ from trainer.errors import ConfigError, LorawrightError, Problem, StateError, St
 from trainer.events import Ended, Event, EventLog, Failed, Phase, Started, Warned
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run, new_run
 from trainer.schema import Config
-from trainer.schema.memory import is_memory, savings
+from trainer.schema.memory import full, is_memory
 
 log = logging.getLogger("trainer")
 
@@ -173,8 +173,7 @@ def explain(error: BaseException, config: Config) -> Failed:
     if isinstance(error, LorawrightError):
         return Failed(error.kind, error.message, error.hint)
     if is_memory(error):
-        first = str(error).splitlines()[0] if str(error) else "out of memory"
-        return Failed("out_of_memory", f"The memory is full ({first}).", " ".join(map(str, savings(config))))
+        return Failed("out_of_memory", *full(error, config))
     if isinstance(error, KeyboardInterrupt):
         return Failed("interrupted", "Training was interrupted twice and ended without saving.", "Start it again.")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

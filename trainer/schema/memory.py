@@ -11,13 +11,20 @@ if TYPE_CHECKING:
     from trainer.schema import Config
 
 
+ON_A_CPU = ("allocate memory", "could not create a primitive")
+
+
 def is_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is full: Python's, a GPU's, or that of torch on a CPU."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
-    )
+    """Whether an error says that memory is full: Python's, a GPU's, or one of torch's or oneDNN's on a CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ON_A_CPU)
+
+
+def full(error: BaseException, config: Config) -> tuple[str, str]:
+    """What to say of memory that is full under these settings, and what to do."""
+    first = str(error).splitlines()[0] if str(error) else "out of memory"
+    return f"The memory is full ({first}).", " ".join(map(str, savings(config)))
 
 
 def savings(config: Config) -> Iterator[Problem]:
