@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from tests.test_training import of_type
 from trainer import events, loop, pictures, sampling, state
-from trainer.run import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run
+from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run
 from trainer.schema import Config
 from trainer.start import explain
 
@@ -115,6 +115,45 @@ def test_a_full_disk_is_told_and_leaves_only_whole_files(settings, train, small_
     assert not list(small_disk.glob(".*"))
     files = list(small_disk.glob("*.safetensors"))
     assert files and all(load_file(file) for file in files)
+
+
+@pytest.fixture
+def read_only(small_disk):
+    """Makes what lies in a small file system unchangeable, also for root."""
+    return lambda: subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+
+
+def test_an_output_folder_that_is_read_only_is_refused_before_the_start(settings, train, small_disk, read_only, capsys):
+    read_only()
+    code, _, _ = train(settings | {"output_dir": str(small_disk / "new")})
+    assert code == EXIT_CONFIG
+    assert "Output folder (output_dir)" in (told := capsys.readouterr().err)
+    assert "cannot be written to (Read-only file system)" in told
+
+
+def test_a_disk_that_becomes_read_only_in_the_middle_is_told_with_the_path(
+    settings, train, small_disk, read_only, monkeypatch
+):
+    real = loop.prove
+    monkeypatch.setattr(loop, "prove", lambda *what: (real(*what), read_only()))
+    code, stream, _ = train(settings | {"output_dir": str(small_disk), "save_every_n_steps": 1})
+    assert code == EXIT_FAILED
+    failed = of_type(stream, "failed")[-1]
+    assert failed["kind"] == "file"
+    assert str(small_disk) in failed["message"] and "Read-only file system" in failed["message"]
+    assert load_file(small_disk / "photo-step00000001.safetensors")
+
+
+def test_images_on_a_read_only_disk_are_trained_without_a_cache_beside_them(
+    settings, train, small_disk, read_only, tmp_path, caplog
+):
+    shutil.copytree(Path(settings["train_data_dir"]) / "2_photo", small_disk / "2_photo")
+    read_only()
+    code, _, _ = train(
+        settings | {"train_data_dir": str(small_disk), "cache_latents": True, "cache_latents_to_disk": True}
+    )
+    assert code == EXIT_DONE
+    assert "latents are not cached in" in caplog.text and "Read-only file system" in caplog.text
 
 
 def test_a_disk_too_full_for_the_event_still_ends_as_failed(settings, train, monkeypatch, capsys):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.test_optim import CLOSED_FORMS
 from tests.test_training import of_type, prepared
 from trainer import loop, optim, schema, state
 from trainer.errors import StateError
@@ -69,6 +70,33 @@ CASES = {
         "color_aug": True,
         "random_crop": True,
         "flip_aug": True,
+    },
+    "schedule-free, every dropout, accumulation across epochs, persistent workers": {
+        "optimizer": "AdamWScheduleFree",
+        "gradient_accumulation_steps": 4,
+        "rank_dropout": 0.2,
+        "module_dropout": 0.2,
+        "caption_dropout_every_n_epochs": 2,
+        "shuffle_caption": True,
+        "noise_offset_type": "Multires",
+        "multires_noise_iterations": 3,
+        "multires_noise_discount": 0.2,
+        "cache_latents": False,
+        "max_data_loader_n_workers": 2,
+        "persistent_data_loader_workers": True,
+    },
+    "cached text states, gradient checkpointing, LoRA+, norms limited, batches of two": {
+        "text_encoder_lr": 0,
+        "sdxl_cache_text_encoder_outputs": True,
+        "gradient_checkpointing": True,
+        "loraplus_lr_ratio": 4,
+        "scale_weight_norms": 0.1,
+        "train_batch_size": 2,
+        "lr_scheduler": "cosine_with_restarts",
+        "lr_scheduler_num_cycles": 2,
+        "min_snr_gamma": 5,
+        "ip_noise_gamma": 0.1,
+        "ip_noise_gamma_random_strength": True,
     },
 }
 
@@ -395,7 +423,7 @@ def test_images_and_captions_that_changed_since_the_state_are_named(settings, tr
     shutil.copy(second, folder / "new.png")
     third.unlink()
     (message,) = told()
-    assert message == (
+    assert message == (  # by size in pixels and bytes, caption and repeats
         f"The images or captions are not those of step 2: 1 added ({folder.name}/new.png); "
         f"1 gone ({folder.name}/{third.name}); 1 with another caption ({folder.name}/{first.name})."
     )
@@ -475,6 +503,40 @@ def test_every_optimizer_goes_on_from_its_state_exactly(name, tmp_path):
     assert rates[0] == rates[1]
     assert all(torch.equal(a, b) for a, b in zip(train(whole, range(4, 8)), train(resumed, range(4, 8)), strict=True))
     assert all(torch.isfinite(p).all() for p in whole[0].parameters())
+
+
+@pytest.mark.parametrize("name", [*CLOSED_FORMS, "adafactor"])
+def test_every_scheduler_goes_on_from_its_state_exactly(name, tmp_path):
+    if name == "adafactor":
+        chosen, total = optim.Optim(optimizer="Adafactor", scheduler=name, learning_rate=1e-3), 20
+    else:
+        chosen, total = optim.Optim(scheduler=name, optimizer="AdamW", **CLOSED_FORMS[name][0]), 100
+
+    def fresh():
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(8, 4)
+        optimizer = optim.make_optimizer([{"name": "unet", "params": list(layer.parameters()), "lr": 1.0}], chosen)
+        return layer, optimizer, optim.make_scheduler(optimizer, chosen, total)
+
+    def train(parts, steps):
+        layer, optimizer, scheduler = parts
+        used = []
+        for step in range(steps):
+            torch.manual_seed(step)
+            layer(torch.randn(5, 8)).square().mean().backward()
+            used.append(optim.rates(optimizer, scheduler)["unet"])
+            optimizer.step()
+            scheduler.step()
+        return used
+
+    whole, resumed = fresh(), fresh()
+    train(whole, total // 2 - 3)
+    state.write(tmp_path / "state", 1, 0, 1, schema.parse({}), state.parts_of(*whole, None))
+    state.read(tmp_path / "state").restore(*resumed, None)
+    for one, other in zip(whole[0].parameters(), resumed[0].parameters(), strict=True):
+        other.grad = one.grad.clone()
+    assert train(whole, 6) == train(resumed, 6)
+    assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), resumed[0].parameters(), strict=True))
 
 
 @pytest.mark.parametrize("algorithm", USES)

@@ -169,7 +169,11 @@ def prepare(
     if resumed:
         _resume(resumed, config, length, emit)
         if others := resumed.other_pictures(dataset.pictures):
-            emit(Warned(f"The images or captions are not those of step {resumed.step}: {'; '.join(others)}."))
+            hint = (
+                f"Training goes on at step {resumed.step + 1} with what is there now. The order in an epoch follows from "
+                "all images, so of this one some may come twice and some not at all."
+            )
+            emit(Warned(f"The images or captions are not those of step {resumed.step}: {'; '.join(others)}.", hint))
         optim.scale_rates(scheduler, 0.5 ** len(resumed.returns))
         resumed.restore(network, optimizer, scheduler, accelerator.scaler)
     repeats = [picture.repeats for picture in dataset.pictures]
