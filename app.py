@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--continue",
         dest="go_on",
         action="store_true",
-        help="start the newest run again if the machine was taken away under it; for rented machines",
+        help="for rented machines: start the newest run again if the machine was taken away under it, and when this "
+        "program gets SIGTERM, let the training save and end first",
     )
     return parser.parse_args(words)
 
@@ -146,8 +148,12 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
         if not given.share and not guard.is_loopback(given.listen):
             print("From other machines: with this machine's name or address in place of localhost.", flush=True)
         print(f"To look on only, without a password: {str(address).rstrip('/')}/{view.path}", flush=True)
+    taken_away = threading.Event()
+    if given.go_on:
+        signal.signal(signal.SIGTERM, lambda number, frame: taken_away.set())
     try:
-        threading.Event().wait()
+        taken_away.wait()
+        desk.runs.save_before_the_end()
     except KeyboardInterrupt:
         active = desk.runs.active()
         print("\nThe page is closed." + (f" {active.folder.name} goes on training." if active else ""))

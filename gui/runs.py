@@ -171,6 +171,19 @@ class Runs:
         newest = history.newest_state(run)
         return self.start(preset.values | ({"resume": str(newest)} if newest else {}), preset.kept)
 
+    def save_before_the_end(self) -> None:
+        """Tell the run that goes on that the machine is taken away, and wait until it has saved and ended."""
+        with self.alone():  # so that the queue starts nothing behind it
+            active = self.active()
+            process = active.process() if active else None
+            if active is None or process is None:
+                return
+            process.terminate()
+            if active.folder in _waiters:  # who waits beside it would take the exit code away
+                _waiters[active.folder].join()
+            else:
+                psutil.wait_procs([process])
+
     def folder_for(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Run:
         """A new run's folder, with its settings and nothing else."""
         run = new_run(self.folder, str(values.get("output_name") or "lora"))

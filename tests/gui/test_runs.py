@@ -313,6 +313,16 @@ def test_a_run_that_the_machine_was_taken_away_from_goes_on_from_its_newest_stat
     assert shelf.go_on() is None
 
 
+def test_a_training_is_told_that_the_machine_is_taken_away_and_awaited(shelf):
+    shelf.save_before_the_end()  # nothing goes on
+    run = started(shelf, "steps=500")
+    wait(run, "running")
+    shelf.save_before_the_end()
+    assert run.process() is None
+    assert runs.exit_code(run) == -signal.SIGTERM, "the stand-in has no way to save"
+    assert runs.interrupted(run)
+
+
 @pytest.mark.parametrize(("by", "goes_on"), [("SIGTERM", True), ("SIGINT", False), ("", False)])
 def test_a_run_that_was_stopped_goes_on_only_where_the_system_stopped_it(shelf, by, goes_on):
     run = shelf.folder_for({"output_name": "cat", "training_comment": "steps=2", "resume": "auto"}, {})
