@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gui.files import Roots
 from trainer.check import settings
 from trainer.data import folders
+from trainer.data.edits import Edit, new_record, text_of, with_first, write_down
 from trainer.data.folders import CAPTION_SUFFIXES, Picture, first_line
+from trainer.errors import DataError
 from trainer.paths import DEMO
-from trainer.run import write_whole
 
 LONGEST = 10_000
 MOST_EXAMPLES = 5
@@ -28,15 +27,6 @@ MOST_EXAMPLES = 5
 
 class RefusedError(Exception):
     """An edit that is not made; the message says why."""
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One caption file, and its text before (None: there is no file) and after."""
-
-    file: Path
-    before: str | None
-    after: str
 
 
 class Captions:
@@ -58,10 +48,9 @@ class Captions:
         with self._lock:
             edits = self._edits(values, order)
             if order.get("sure") is True and edits:
-                what = f"{order['how']} in {len(edits)} caption file{'' if len(edits) == 1 else 's'}"
-                self._backup(what, edits)
+                write_down(new_record(self.backups), str(order["how"]), edits)
                 for edit in edits:
-                    _write(edit.file, edit.after)
+                    edit.write()
         examples = [[e.file.name, first_line(e.before or ""), first_line(e.after)] for e in edits[:MOST_EXAMPLES]]
         return {"count": len(edits), "examples": examples}
 
@@ -86,19 +75,13 @@ class Captions:
                     file.unlink()
                     count += 1
                 else:
-                    _write(file, before)
+                    Edit(file, after, before).write()
                     count += 1
             newest.rename(newest.with_suffix(".undone"))
         return {"count": count, "left": left}
 
     def _newest(self) -> Path | None:
         return max(self.backups.glob("*.json"), default=None)
-
-    def _backup(self, what: str, edits: Sequence[Edit]) -> None:
-        self.backups.mkdir(parents=True, exist_ok=True)
-        record = {"what": what, "files": [[str(e.file), e.before, e.after] for e in edits]}
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns()}.json"
-        write_whole(self.backups / name, json.dumps(record, ensure_ascii=False).encode())
 
     def _ours(self, file: Path) -> bool:
         """Whether a file is one that may be written: a caption by its ending, no link, inside the roots."""
@@ -130,7 +113,7 @@ class Captions:
             after = change(picture, before)
             created = before is None and after is not None
             if after is not None and (created or after != first_line(before or "")):
-                edits[file] = Edit(file, before, _with_first(before or "", after))
+                edits[file] = Edit(file, before, with_first(before or "", after))
         return list(edits.values())
 
 
@@ -197,21 +180,9 @@ def _joined(tags: Any) -> str:
     return ", ".join(tags)
 
 
-def _with_first(text: str, caption: str) -> str:
-    """A file's text with another caption; what stands below it stays."""
-    first, *below = text.removeprefix("\ufeff").lstrip().splitlines(keepends=True) or [""]
-    return caption + first[len(first.rstrip("\r\n")) :] + "".join(below)
-
-
 def _read(file: Path) -> str | None:
     """A caption file's text; None where there is none. Raises RefusedError when it cannot be read."""
     try:
-        return file.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError as error:
-        raise RefusedError(f'"{file}" is not UTF-8 text. Save it as such first.') from error
-
-
-def _write(file: Path, text: str) -> None:
-    write_whole(file, text.encode("utf-8"))
+        return text_of(file)
+    except DataError as error:
+        raise RefusedError(str(error)) from error

@@ -36,7 +36,9 @@ DOCTOR = {
 }
 """A tool without options, which works on no file: `python -m trainer doctor`."""
 
-PATHS = ("file", "model")
+PATHS = ("file", "folder", "model")
+BACKUPS = "backups"
+"""An option that the page sets itself."""
 
 
 class Tools:
@@ -65,7 +67,7 @@ class Tools:
         if name not in TOOLS:
             return [Problem("", "Tool", f'there is no tool "{name}"')]
         tool = TOOLS[name]
-        values, problems = self._inside(tool, {key: entries.get(key, "") for key in tool.parameters})
+        values, problems = self._inside(tool, {key: entries.get(key, "") for key in tool.parameters if key != BACKUPS})
         return problems or self.begin(name, values)
 
     def begin(self, name: str, values: Mapping[str, Any]) -> list[Problem]:
@@ -123,7 +125,7 @@ class Tools:
         """The values with whole paths, and a problem for each path that leads outside the allowed folders."""
         found, problems = dict(values), []
         for key, p in tool.parameters.items():
-            if p.kind in PATHS or key in tool.inputs:
+            if key in values and (p.kind in PATHS or key in tool.inputs):
                 lines = []
                 for line in filter(str.strip, str(values[key]).splitlines()):
                     try:
@@ -143,7 +145,7 @@ class Tools:
 
 
 def _form(tool: Tool) -> dict[str, Any]:
-    fields = [_field(p) for p in tool.parameters.values()]
+    fields = [_field(p) for p in tool.parameters.values() if p.key != BACKUPS]
     return {"name": tool.name, "label": tool.label, "summary": tool.summary, "inputs": tool.inputs, "fields": fields}
 
 

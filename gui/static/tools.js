@@ -101,8 +101,8 @@ class Tools {
       control = make("input", { ...common, class: "lw-input", value, spellcheck: false, autocomplete: "off",
         placeholder: p.blank ? `empty: ${p.blank}` : "", oninput: (e) => this.set(p.key, e.target.value) });
     }
-    const is_path = ["file", "model"].includes(p.kind);
-    if (is_path) control.setAttribute("list", p.kind === "model" ? "lw-models" : "lw-loras");
+    const is_path = ["file", "folder", "model"].includes(p.kind);
+    if (is_path && p.kind !== "folder") control.setAttribute("list", p.kind === "model" ? "lw-models" : "lw-loras");
     return this.frame(p, id, is_path ? this.withBrowse(p, control, (path) => this.set(p.key, path)) : control);
   }
 
@@ -117,7 +117,7 @@ class Tools {
   withBrowse(p, control, take) {
     const at = { type: (_, path) => { control.value = path; take(path); }, input: () => control };
     return make("span", { class: "lw-path" }, control, make("button", { class: "lw-button", type: "button",
-      "aria-label": `Browse for ${p.label}`, onclick: () => browse(at, { ...p, kind: p.kind === "model" ? "model" : "file" }, this.server) }, "…"));
+      "aria-label": `Browse for ${p.label}`, onclick: () => browse(at, { ...p, kind: p.kind === "lines" ? "file" : p.kind }, this.server) }, "…"));
   }
 
   // LoRAs with their strengths, one row each; the entries are lines of paths and numbers between commas.

@@ -48,7 +48,7 @@ def test_every_tool_and_option_says_what_it_is_for(name):
 
 def test_the_readme_shows_every_tool():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"python -m trainer ([\w-]+) \w+\.safetensors", readme)) == set(TOOLS)
+    assert set(re.findall(r"python -m trainer ([\w-]+) (?:\w+\.safetensors|models/)", readme)) == set(TOOLS)
 
 
 @pytest.fixture

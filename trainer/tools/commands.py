@@ -262,6 +262,52 @@ class Grid(Group):
         return found
 
 
+class Caption(Group):
+    model: str = option(
+        "model", "", "Captioning model", kind="folder",
+        help="A folder with a BLIP or Florence-2 model in transformers' layout, or with a WD14 tagger "
+        "(model.onnx and selected_tags.csv). Nothing is downloaded, and no code out of the folder is run.",
+    )  # fmt: skip
+    folder: str = option(
+        "folder", "", "Image folder", kind="folder",
+        help="Images, or folders like 10_cat that hold them, as for a training.",
+    )  # fmt: skip
+    existing: Literal["skip", "append", "replace"] = option(
+        "existing",
+        "skip",
+        "Captions that exist",
+        help="skip: only images without a caption file get one. append: the new one is put behind the old. "
+        "replace: in place of the old. What was there is kept, and the Dataset tab takes it back.",
+    )
+    extension: Literal[".caption", ".txt", ".cap"] = option(
+        "extension", ".caption", "Ending", help="Of the caption files: as Caption extension in the form."
+    )
+    prefix: str = option(
+        "prefix", "", "Text before", help='Put before every new caption, for instance a trigger word: "zwx,".'
+    )
+    detail: Literal["short", "detailed", "long"] = option(
+        "detail", "detailed", "Detail", help="How much Florence-2 tells. BLIP tells one short sentence."
+    )
+    max_tokens: int = option(
+        "max_tokens", 75, "Max tokens", ge=1, le=1024,
+        help="The longest that a sentence may become. 75 is what a training reads without more chunks.",
+    )  # fmt: skip
+    threshold: float = option(
+        "threshold", 0.35, "Threshold", ge=0, le=1,
+        help="A tagger's tags count from this probability on. Lower gives more tags, and more wrong ones.",
+    )  # fmt: skip
+    character_threshold: float = option(
+        "character_threshold", 0.85, "Threshold for characters", ge=0, le=1,
+        help="The same for the names of characters, which are guessed wrong more often.",
+    )  # fmt: skip
+    batch_size: int = option(
+        "batch_size", 4, "Batch size", ge=1, le=256, help="Images at once: more is quicker on a GPU, and takes memory."
+    )
+    backups: str = option(
+        "backups", "runs/captions", "Backups", help="The folder that keeps what the captions were.", kind="folder"
+    )
+
+
 @dataclass(frozen=True)
 class Tool:
     """`inputs`: the options that must be given; on the command line they stand without a name.
@@ -310,7 +356,7 @@ class Tool:
 
     def _absent(self, key: str, text: str) -> list[Problem]:
         lines = [line for line in text.splitlines() if line.strip()]
-        noun = "file" if self.parameters[key].kind != "model" else "file or folder"
+        noun = {"model": "file or folder", "folder": "folder"}.get(self.parameters[key].kind, "file")
         label = self.parameters[key].label
         return [Problem(key, label, absent(line, noun)) for line in lines if not resolve(line).exists()]
 
@@ -397,6 +443,15 @@ TOOLS: Mapping[str, Tool] = {
             Grid,
             ("loras",),
             "Stopped; the pictures drawn so far are kept.",
+        ),
+        Tool(
+            "caption",
+            "Caption images",
+            "Write captions for images with a model that you have on disk: BLIP, Florence-2, or a WD14 tagger.",
+            "caption models/blip images --extension .txt --prefix zwx,",
+            Caption,
+            ("model", "folder"),
+            stopped="Stopped; the captions that were written stay, and can be taken back in the Dataset tab.",
         ),
     )
 }
