@@ -92,17 +92,6 @@ def test_an_image_that_vanishes_in_the_middle_is_named_and_what_was_saved_stays(
     assert load_file(tmp_path / "out" / "photo-step00000001.safetensors")
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 300 kB."""
-    place = tmp_path / "small disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(place)], capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.mark.parametrize("with_states", [False, True])
 def test_a_full_disk_is_told_and_leaves_only_whole_files(settings, train, small_disk, with_states):
     code, events, _ = train(

@@ -1,22 +1,8 @@
 """States that are hard to come by: a full disk under the page's server, and a page without a mouse."""
 
 import contextlib
-import subprocess
-
-import pytest
 
 from tests.browser.conftest import FAKE, eventually, serving, set_text, wait_state
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 400 kB for the runs."""
-    place = tmp_path / "small disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(place)], capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def fill(place):
