@@ -225,7 +225,7 @@ def test_an_older_run_can_be_watched_and_stays_after_a_reload(server, visit):
         eventually(lambda: len(list(server.runs.glob("2*/exit"))) == len(list(server.runs.glob("2*"))))
     open_tab(page, "Runs")
     page.wait_for_selector("#lw-runs tr >> nth=1")
-    page.locator("#lw-runs tr").nth(1).get_by_title("Show at the side").click()
+    page.locator("#lw-runs tr").nth(1).get_by_title("at the side").click()
     page.wait_for_selector("#lw-pill >> text=done · 3 steps")
     page.reload()
     wait_ready(page)
