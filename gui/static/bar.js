@@ -33,7 +33,7 @@ class Bar {
     try {
       await act();
     } catch (error) {
-      this.banner.show("error", `${error.message} A training that runs is not affected.`);
+      this.banner.show("error", t`${error.message} A training that runs is not affected.`);
     } finally {
       this.working = false;
       document.body.classList.remove("lw-working");
@@ -49,7 +49,7 @@ class Bar {
       const ids = presets.filter((id) => id.startsWith(shelf));
       return ids.length ? [make("optgroup", { label }, ...ids.map((id) => make("option", { value: id }, id.slice(shelf.length))))] : [];
     };
-    this.preset.replaceChildren(make("option", { value: "", hidden: true }, "choose a preset"), ...group("Your presets", "own/"), ...group("Built in", "shipped/"));
+    this.preset.replaceChildren(make("option", { value: "", hidden: true }, t`choose a preset`), ...group(t`Your presets`, "own/"), ...group(t`Built in`, "shipped/"));
     this.choose(presets.includes(chosen) ? chosen : "");
     this.preset.onchange = () => this.choose(this.preset.value, false);
   }
@@ -63,7 +63,7 @@ class Bar {
 
   count() {
     const n = this.form.changed().length;
-    byId("lw-changed").textContent = n ? `${n} changed` : "all default";
+    byId("lw-changed").textContent = n ? t`${n} changed` : t`all default`;
     byId("lw-changed").disabled = !n;
   }
 
@@ -85,57 +85,57 @@ class Bar {
 
   async load() {
     const id = this.preset.value;
-    await this.take(await this.server.load({ id }), `Loaded “${id.split("/")[1]}”.`, id);
+    await this.take(await this.server.load({ id }), t`Loaded “${id.split("/")[1]}”.`, id);
   }
 
   // Show a preset that the server read, and what became of its keys. Undo brings the form back.
   // `id`: the preset that the form then shows, "" when it is none.
   async take(answer, title, id = "") {
-    if (!answer.entries) return this.banner.show("error", "This preset cannot be loaded.", answer.problems);
+    if (!answer.entries) return this.banner.show("error", t`This preset cannot be loaded.`, answer.problems);
     const before = { entries: await this.form.read(), kept: this.form.kept, id: this.source };
     await this.form.fill(answer.entries, answer.kept);
     this.choose(id);
-    const undo = ["Undo", async () => { await this.form.fill(before.entries, before.kept); this.choose(before.id); this.banner.clear(); }];
+    const undo = [t`Undo`, async () => { await this.form.fill(before.entries, before.kept); this.choose(before.id); this.banner.clear(); }];
     const items = [...answer.problems, ...answer.notes];
     const worst = answer.problems.some((p) => p.severity === "error") ? "error" : items.length ? "warning" : "info";
     this.banner.show(worst, title, items, [undo], answer.description);
   }
 
   async save() {
-    const input = make("input", { class: "lw-input", value: this.preset.value.split("/")[1] || this.form.entries.output_name || "", maxLength: 80, required: true, "aria-label": "Name of the preset" });
-    const content = make("label", { class: "lw-stack" }, "Name", input);
+    const input = make("input", { class: "lw-input", value: this.preset.value.split("/")[1] || this.form.entries.output_name || "", maxLength: 80, required: true, "aria-label": t`Name of the preset` });
+    const content = make("label", { class: "lw-stack" }, t`Name`, input);
     setTimeout(() => input.select());
-    if ((await ask("Save preset", content, [["", "Cancel"], ["save", "Save", "lw-primary"]])) !== "save") return;
+    if ((await ask(t`Save preset`, content, [["", t`Cancel`], ["save", t`Save`, "lw-primary"]])) !== "save") return;
     const order = { name: input.value, entries: await this.form.read(), kept: this.form.kept };
     let answer = await this.server.save(order);
     if (answer.exists) {
-      const text = make("p", {}, `“${order.name}” exists among your presets.`);
-      if ((await ask("Replace it?", text, [["", "Cancel"], ["yes", "Replace", "lw-primary"]])) !== "yes") return;
+      const text = make("p", {}, t`“${order.name}” exists among your presets.`);
+      if ((await ask(t`Replace it?`, text, [["", t`Cancel`], ["yes", t`Replace`, "lw-primary"]])) !== "yes") return;
       answer = await this.server.save({ ...order, replace: true });
     }
-    if (answer.problems) return this.banner.show("error", "The preset was not saved.", answer.problems);
+    if (answer.problems) return this.banner.show("error", t`The preset was not saved.`, answer.problems);
     this.offer(answer.presets);
     this.choose(answer.id);
-    this.banner.show("good", `Saved as ${answer.path}`);
+    this.banner.show("good", t`Saved as ${answer.path}`);
   }
 
   async reset() {
     await this.take({ entries: Object.fromEntries(this.form.table.map((p) => [p.key, p.default])), kept: {}, problems: [], notes: [] },
-      "All parameters are back at their defaults.");
+      t`All parameters are back at their defaults.`);
   }
 
   async resetOne(p) {
     const entries = await this.form.read();
     await this.take({ entries: { ...entries, [p.key]: p.default }, kept: this.form.kept, problems: [], notes: [] },
-      `${p.label} is back at its default. It was ${this.form.spoken(entries[p.key])}.`, this.source);
+      t`${p.label} is back at its default. It was ${this.form.spoken(entries[p.key])}.`, this.source);
   }
 
   tellChanged() {
     const items = this.form.changed().map((p) => ({ severity: "changed", key: p.key,
-      message: `${this.form.spoken(this.form.entries[p.key])} (default: ${this.form.spoken(p.default)})`,
-      act: ["reset", () => this.order(() => this.resetOne(p)), `Reset ${p.label}`] }));
-    this.banner.show("info", items.length ? "Different from the defaults:" : "Everything is at its default.", items,
-      [["Since the last run", () => this.order(() => this.sinceLastRun())]]);
+      message: t`${this.form.spoken(this.form.entries[p.key])} (default: ${this.form.spoken(p.default)})`,
+      act: ["reset", () => this.order(() => this.resetOne(p)), t`Reset ${p.label}`] }));
+    this.banner.show("info", items.length ? t`Different from the defaults:` : t`Everything is at its default.`, items,
+      [[t`Since the last run`, () => this.order(() => this.sinceLastRun())]]);
   }
 
   // What another set of settings has otherwise: [items for the banner].
@@ -148,23 +148,23 @@ class Bar {
   async diff() {
     const id = this.preset.value, name = id.split("/")[1];
     const answer = await this.server.load({ id });
-    if (!answer.entries) return this.banner.show("error", "This preset cannot be loaded.", answer.problems);
+    if (!answer.entries) return this.banner.show("error", t`This preset cannot be loaded.`, answer.problems);
     const items = this.steps(await this.form.read(), answer.entries);
-    this.banner.show("info", items.length ? `“${name}” would change ${counted(items.length, "parameter")}:` : `“${name}” is what the form shows.`,
-      items, items.length ? [["Load it", () => this.order(() => this.load())]] : [], answer.description);
+    this.banner.show("info", items.length ? t`“${name}” would change ${counted(items.length, "parameter")}:` : t`“${name}” is what the form shows.`,
+      items, items.length ? [[t`Load it`, () => this.order(() => this.load())]] : [], answer.description);
   }
 
   async sinceLastRun() {
     const answer = await this.server.settings({ run: "" });
-    if (!answer.run) return this.banner.show("info", "There is no run yet.");
-    if (!answer.entries) return this.banner.show("error", `The settings of ${answer.run} cannot be read.`, answer.problems);
+    if (!answer.run) return this.banner.show("info", t`There is no run yet.`);
+    if (!answer.entries) return this.banner.show("error", t`The settings of ${answer.run} cannot be read.`, answer.problems);
     const items = this.steps(answer.entries, await this.form.read());
-    this.banner.show("info", items.length ? `Changed since ${answer.run}:` : `Nothing has changed since ${answer.run}.`, items,
-      items.length ? [["Back to its settings", () => this.order(() => this.take(answer, `The settings of ${answer.run}.`))]] : []);
+    this.banner.show("info", items.length ? t`Changed since ${answer.run}:` : t`Nothing has changed since ${answer.run}.`, items,
+      items.length ? [[t`Back to its settings`, () => this.order(() => this.take(answer, t`The settings of ${answer.run}.`))]] : []);
   }
 
   async check() {
-    this.banner.busy("Checking the settings, the model and the images …");
+    this.banner.busy(t`Checking the settings, the model and the images …`);
     const answer = await this.server.check({ entries: await this.form.read(), kept: this.form.kept });
     const ready = !answer.problems.some((p) => p.severity === "error");
     this.tell(answer, t`Ready to start. ${answer.outline}`, ready ? [[t`Measure memory and time`, () => this.order(() => this.trial())]] : []);

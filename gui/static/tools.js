@@ -99,7 +99,7 @@ class Tools {
         placeholder: p.blank ? t`empty: ${p.blank}` : "", oninput: (e) => this.set(p.key, e.target.value) });
     } else {
       control = make("input", { ...common, class: "lw-input", value, spellcheck: false, autocomplete: "off",
-        placeholder: p.blank ? `empty: ${p.blank}` : "", oninput: (e) => this.set(p.key, e.target.value) });
+        placeholder: p.blank ? t`empty: ${p.blank}` : "", oninput: (e) => this.set(p.key, e.target.value) });
     }
     const is_path = ["file", "folder", "model"].includes(p.kind);
     if (is_path && p.kind !== "folder") control.setAttribute("list", p.kind === "model" ? "lw-models" : "lw-loras");
@@ -107,7 +107,7 @@ class Tools {
   }
 
   frame(p, id, ...controls) {
-    const help = make("button", { class: "lw-help", type: "button", "aria-label": `Help for ${p.label}` }, "?");
+    const help = make("button", { class: "lw-help", type: "button", "aria-label": t`Help for ${p.label}` }, "?");
     const open = () => this.form.explain(p, help), close = () => { this.form.tip.hidden = true; };
     for (const [name, act] of Object.entries({ mouseenter: open, focus: open, click: open, mouseleave: close, blur: close })) help.addEventListener(name, act);
     return make("div", { class: `lw-option lw-option-${p.kind}`, id: `lw-option-${p.key}` },
@@ -117,7 +117,7 @@ class Tools {
   withBrowse(p, control, take) {
     const at = { type: (_, path) => { control.value = path; take(path); }, input: () => control };
     return make("span", { class: "lw-path" }, control, make("button", { class: "lw-button", type: "button",
-      "aria-label": `Browse for ${p.label}`, onclick: () => browse(at, { ...p, kind: p.kind === "lines" ? "file" : p.kind }, this.server) }, "…"));
+      "aria-label": t`Browse for ${p.label}`, onclick: () => browse(at, { ...p, kind: p.kind === "lines" ? "file" : p.kind }, this.server) }, "…"));
   }
 
   // LoRAs with their strengths, one row each; the entries are lines of paths and numbers between commas.
@@ -132,17 +132,17 @@ class Tools {
     const again = () => { store(); byId("lw-option-loras").replaceWith(this.loras(p)); };
     const row = (entry, i) => {
       const path = make("input", { id: `lw-input-loras-${i}`, class: "lw-input", value: entry[0], spellcheck: false, autocomplete: "off",
-        "aria-label": `LoRA ${i + 1}`, "aria-errormessage": "lw-wrong-loras", oninput: (e) => { entry[0] = e.target.value; store(); } });
+        "aria-label": t`LoRA ${i + 1}`, "aria-errormessage": "lw-wrong-loras", oninput: (e) => { entry[0] = e.target.value; store(); } });
       path.setAttribute("list", "lw-loras");
       const number = strengths && make("input", { class: "lw-input lw-strength", value: entry[1], inputMode: "decimal", autocomplete: "off",
-        "aria-label": `Strength of LoRA ${i + 1}`, title: "Strength", "aria-description": strengths.help, oninput: (e) => { entry[1] = e.target.value; store(); } });
-      const remove = make("button", { class: "lw-button", type: "button", "aria-label": `Remove LoRA ${i + 1}`, disabled: rows.length === 1,
+        "aria-label": t`Strength of LoRA ${i + 1}`, title: t`Strength`, "aria-description": strengths.help, oninput: (e) => { entry[1] = e.target.value; store(); } });
+      const remove = make("button", { class: "lw-button", type: "button", "aria-label": t`Remove LoRA ${i + 1}`, disabled: rows.length === 1,
         onclick: () => { rows.splice(i, 1); again(); byId("lw-input-loras-0").focus(); } }, "×");
       return make("div", { class: "lw-lora" }, this.withBrowse(p, path, (value) => { entry[0] = value; store(); }), number, remove);
     };
     const add = make("button", { class: "lw-link", type: "button",
-      onclick: () => { rows.push(["", "1"]); again(); byId(`lw-input-loras-${rows.length - 1}`).focus(); } }, "Add a LoRA");
-    return this.frame(strengths ? { ...p, label: "LoRAs and strengths", help: `${p.help} ${strengths.help}` } : p, "lw-input-loras-0",
+      onclick: () => { rows.push(["", "1"]); again(); byId(`lw-input-loras-${rows.length - 1}`).focus(); } }, t`Add a LoRA`);
+    return this.frame(strengths ? { ...p, label: t`LoRAs and strengths`, help: `${p.help} ${strengths.help}` } : p, "lw-input-loras-0",
       ...rows.map(row), make("div", {}, add), make("p", { class: "lw-wrong", id: "lw-wrong-strengths" }));
   }
 
@@ -185,7 +185,7 @@ class Tools {
     try {
       answer = await this.server.tool_poll({ offset: this.offset });
     } catch {
-      byId("lw-tool-phase").textContent = "The server does not answer; trying again …";
+      byId("lw-tool-phase").textContent = t`The server does not answer; trying again …`;
       this.timer = setTimeout(() => this.poll(), 2000);
       return;
     }
@@ -208,11 +208,11 @@ class Tools {
     progress.hidden = !(running && job);
     if (running && job) {
       const { name, done, total } = job.phase || { name: "starting" };
-      phase.textContent = total ? `${name} … ${done} of ${total}` : `${name} …`;
+      phase.textContent = total ? t`${name} … ${done} of ${total}` : `${name} …`;
       if (total) Object.assign(progress, { max: total, value: done });
       else progress.removeAttribute("value");
     } else {
-      phase.textContent = running ? `${this.tools.get(this.job.tool).label} is running.` : "";
+      phase.textContent = running ? t`${this.tools.get(this.job.tool).label} is running.` : "";
     }
     const found = job?.findings?.length ? [this.findings(job.findings)] : [];
     this.show(!job || running ? found : job.state === "done" ? [...found, ...this.report(job.report.report)]
@@ -233,9 +233,9 @@ class Tools {
 
   report(report) {
     const again = report.preset && make("button", { class: "lw-button", type: "button",
-      onclick: () => this.bar.order(async () => this.bar.take(await this.server.parse({ text: JSON.stringify(report.preset) }), "The form holds what this LoRA says it was trained with.")) },
-    "Train again from this LoRA");
-    const table = report.rows.length && make("div", { class: "lw-scroll", tabIndex: 0, role: "region", "aria-label": "Details" },
+      onclick: () => this.bar.order(async () => this.bar.take(await this.server.parse({ text: JSON.stringify(report.preset) }), t`The form holds what this LoRA says it was trained with.`)) },
+    t`Train again from this LoRA`);
+    const table = report.rows.length && make("div", { class: "lw-scroll", tabIndex: 0, role: "region", "aria-label": t`Details` },
       make("table", { class: "lw-table" },
         make("thead", {}, make("tr", {}, ...report.columns.map((name) => make("th", { scope: "col" }, name)))),
         make("tbody", {}, ...report.rows.map((row) => make("tr", {}, ...row.map((cell) => make("td", {}, cell)))))));
