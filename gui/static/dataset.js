@@ -18,7 +18,8 @@ class DatasetTab {
     byId("lw-captions").addEventListener("submit", (event) => { event.preventDefault(); this.bar.order(() => this.changeAll()); });
     byId("lw-captions-undo").addEventListener("click", () => this.bar.order(() => this.undo()));
     this.seen = new IntersectionObserver((entries) => {
-      for (const entry of entries) if (entry.isIntersecting) { this.wanted.add(entry.target); this.seen.unobserve(entry.target); }
+      // What was scrolled past before its turn came waits until it is seen again.
+      for (const entry of entries) this.wanted[entry.isIntersecting ? "add" : "delete"](entry.target);
       this.fetch();
     }, { rootMargin: "300px" });
   }
@@ -74,8 +75,18 @@ class DatasetTab {
     this.seen.disconnect();
     this.wanted.clear();
     this.more = found.more;
-    byId("lw-images").replaceChildren(...images.map((image) => this.card(image)));
+    this.cards = new Map(images.map((image) => [image.path, this.kept(image) || this.card(image)]));
+    byId("lw-images").replaceChildren(...this.cards.values());
     this.filter();
+  }
+
+  // The card of an image that is as it was: most are, when a caption changes.
+  kept(image) {
+    const card = this.cards?.get(image.path);
+    if (!card || JSON.stringify(card.image) !== JSON.stringify(image)) return null;
+    card.querySelector("textarea").value = image.caption || "";
+    if (!card.querySelector("img")) this.seen.observe(card);
+    return card;
   }
 
   card(image) {
@@ -98,6 +109,7 @@ class DatasetTab {
   }
 
   put(card, address) {
+    this.seen.unobserve(card);
     card.frame.prepend(make("img", { src: address, alt: card.image.name }));
   }
 
@@ -112,7 +124,7 @@ class DatasetTab {
         for (const card of cards) {
           this.wanted.delete(card);
           const address = pictures[card.image.path];
-          if (!address) { card.frame.classList.add("lw-unreadable"); continue; }
+          if (!address) { card.frame.classList.add("lw-unreadable"); this.seen.unobserve(card); continue; }
           this.thumbnails.set(card.image.path, address);
           this.put(card, address);
         }
