@@ -43,6 +43,7 @@ SHAPES: dict[str, Shape] = {
     "upload": {"step": str, "name?": str, "id?": str, "target?": str, "size?": int, "offset?": int, "data?": str},
     "start": FORM,
     "enqueue": FORM,
+    "sweep": {**FORM, "fields": list[list[str]]},
     "turn": {**RUN, "word": str},
     "resume": RUN,
     "files": RUN,

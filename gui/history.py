@@ -92,18 +92,43 @@ def curve(run: Run) -> list[list[float]]:
     return [[e["step"], e["loss"] if e.get("average_loss") is None else e["average_loss"]] for e in kept]  # type: ignore[list-item]
 
 
-def last_samples(run: Run) -> list[dict[str, Any]]:
-    """The last picture of each prompt, those without the LoRA aside."""
-    last: dict[object, dict[str, Any]] = {}
+def samples(run: Run) -> list[dict[str, Any]]:
+    """The pictures that are still there, as they were drawn, those without the LoRA aside."""
+    found: list[dict[str, Any]] = []
     try:
         for event, _ in events.read(run.events):
             if event["type"] == "sample" and event.get("strength") != 0:
                 path = run.folder / str(event["path"])
                 if inside(path, [run.samples]) and path.is_file():
-                    last[event["index"]] = {**event, "path": str(path)}
+                    found.append({**event, "path": str(path)})
     except FileNotFoundError:
         return []
-    return [last[index] for index in sorted(last, key=str)]
+    return found
+
+
+def outcome(run: Run) -> dict[str, Any]:
+    """What came of a run: last and lowest average loss with their steps, seconds from its start, its newest file.
+
+    None for what there is not.
+    """
+    last: list[Any] | None = None
+    lowest: list[Any] | None = None
+    first = end = None
+    if run.events.exists():
+        for event, _ in events.read(run.events):
+            first, end = first or event["time"], event["time"]
+            if event["type"] == "step":
+                loss = event["loss"] if event.get("average_loss") is None else event["average_loss"]
+                last = [event["step"], loss]
+                if lowest is None or loss < lowest[1]:
+                    lowest = last
+    files = checkpoints(run)
+    return {
+        "last": last,
+        "lowest": lowest,
+        "seconds": end - first if first and end else None,
+        "file": files[-1]["name"] if files else None,
+    }
 
 
 @dataclass(frozen=True)
@@ -119,7 +144,7 @@ def rest(run: Run) -> Rest:
 
     Files in an output folder elsewhere are no part of it. A link is taken away, never what it leads to.
     """
-    own = {run.config, run.pid, run.log, run.events, run.control, run.exit, run.killed, run.queued}
+    own = {run.config, run.pid, run.log, run.events, run.control, run.exit, run.killed, run.queued, run.sweep}
     written = {path for path, _, _ in saved(run)}
     if run.events.exists():
         written |= {run.folder / str(e["path"]) for e, _ in events.read(run.events) if e["type"] == "sample"}

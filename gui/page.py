@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gui import choosing, form, history, live
+from gui import choosing, form, history, live, sweep
 from gui.asking import asked
 from gui.files import Roots
 from gui.gradio_import import gr
@@ -44,6 +44,7 @@ SCRIPTS = (
     "bar",
     "compare",
     "choose",
+    "sweep",
     "lists",
     "outlook",
     "dataset",
@@ -57,7 +58,7 @@ LATER_STYLES = ("tools", "runs")
 
 PARAMETER_TABS = ("Basic", "Advanced")
 MOST_RUNS = 100
-MOST_COMPARED = 6
+MOST_COMPARED = 24
 FIRST = "shipped/first-steps"
 ENGLISH: Words = {}
 
@@ -256,6 +257,25 @@ class Desk:
             return answer
         return self._made(self.queue.add, ask, answer)
 
+    def sweep(self, ask: Ask) -> Answer:
+        """Check every combination of the swept values, and queue them all when nothing stands in the way of any.
+
+        The first is looked at as closely as before a start, the images decoded; the others as the form is.
+        """
+        values = form.read(ask["entries"])
+        combinations, problems = sweep.plan(values, ask["fields"])
+        problems = problems or sweep.check(combinations, ask["kept"])
+        if problems:
+            return _refused(*problems)
+        answer = self.runs.check(combinations[0].values, ask["kept"])
+        if any(problem["severity"] == "error" for problem in answer["problems"]):
+            return answer
+        try:
+            sweep.enqueue(self.queue, combinations, ask["kept"])
+        except OSError as error:
+            return {**answer, "problems": [self._unwritable(error)]}
+        return {**answer, "runs": len(combinations)}
+
     def turn(self, ask: Ask) -> Answer:
         """Let a waiting run start earlier, or take it out of the queue."""
         run, orders = self._run(ask), {"earlier": self.queue.earlier, "remove": self.queue.remove}
@@ -321,7 +341,7 @@ class Desk:
         return {"goes": names[0], "stays": names[1]}
 
     def compare(self, ask: Ask) -> Answer:
-        """Settings, curve and last samples of at most six runs."""
+        """Settings, curve, outcome and samples of at most 24 runs, as many as a sweep has."""
         answers = []
         for run_id in dict.fromkeys(map(str, ask["runs"][:MOST_COMPARED])):
             run = self.runs.find(run_id) if run_id else None
@@ -329,7 +349,8 @@ class Desk:
                 continue
             self.allow(run.samples)
             settings = self.settings({"run": run_id})
-            answers.append({**settings, "curve": history.curve(run), "samples": history.last_samples(run)})
+            told = {"curve": history.curve(run), "outcome": history.outcome(run), "samples": history.samples(run)}
+            answers.append({**settings, **told})
         return {"runs": answers}
 
     def settings(self, ask: Ask) -> Answer:
@@ -417,6 +438,7 @@ class Desk:
             "inspect": self.inspect,
             "start": self.start,
             "enqueue": self.enqueue,
+            "sweep": self.sweep,
             "turn": self.turn,
             "resume": self.resume,
             "files": self.files,
@@ -440,8 +462,11 @@ class Desk:
 
 
 def _busy(message: str) -> Answer:
-    problem = asdict(Problem("", "A run is going on", message))
-    return {"problems": [problem], "notes": [], "summary": {}, "outline": "", "busy": True}
+    return {**_refused(Problem("", "A run is going on", message)), "busy": True}
+
+
+def _refused(*problems: Problem) -> Answer:
+    return {"problems": [asdict(problem) for problem in problems], "notes": [], "summary": {}, "outline": ""}
 
 
 def _as_form(preset: kohya.Preset) -> Answer:

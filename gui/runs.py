@@ -220,6 +220,7 @@ class Runs:
             "step": step["step"] if step else 0,
             "total": step["total"] if step else 0,
             "loss": step.get("average_loss") if step else None,
+            "sweep": run.sweep.read_text() if run.sweep.exists() else "",
             "files": sum(what != "state" for _, what, _ in history.saved(run)),
             "stranded": history.stranded(run) if now in ("stopped", "crashed") else None,
         }

@@ -47,10 +47,12 @@ class Queue:
         found = [Run(self.runs.folder / run_id) for run_id in self.runs.ids()]
         return sorted((run for run in found if _waits(run)), key=lambda run: (_place(run), run.folder.name))
 
-    def add(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Run:
-        """A new run at the end of the queue."""
+    def add(self, values: Mapping[str, Any], kept: Mapping[str, Any], sweep: str = "") -> Run:
+        """A new run at the end of the queue; `sweep`: the id of the sweep that it is part of."""
         with self.runs.alone():
             run = self.runs.folder_for(values, kept)
+            if sweep:
+                write_whole(run.sweep, sweep.encode())
             self._put(run, max([time.time(), *(_place(other) + 1 for other in self.waiting())]))
         if key := str(values.get("wandb_api_key") or ""):
             self._keys[run.folder.name] = key

@@ -11,6 +11,7 @@
     output/         the LoRA files, unless the preset names another folder
     exit            how the process ended, as JSON, written by the page that started it
     killed          empty; there when the page ended the trainer by force
+    sweep           the id of the sweep that the run is part of
     queued          there while the run waits for its turn: its place, as a number
 
 Needs no torch, so that the page can use it.
@@ -90,6 +91,10 @@ class Run:
     @property
     def killed(self) -> Path:
         return self.folder / "killed"
+
+    @property
+    def sweep(self) -> Path:
+        return self.folder / "sweep"
 
     @property
     def queued(self) -> Path:

@@ -128,35 +128,20 @@ class Chooser {
 
   // Large: arrows go through strengths (left, right) and files (up, down).
   large(row, column, i) {
-    const { grid } = this.answer;
-    const image = make("img", {}), text = make("figcaption", {}), path = make("code", {}), tag = make("code", {});
+    const { grid } = this.answer, path = make("code", {}), tag = make("code", {});
     const fetch = make("button", { class: "lw-button lw-primary", type: "button", onclick: () => this.live.download(grid.rows[row], this.run) });
-    const dialog = make("dialog", { class: "lw-dialog lw-large", "aria-label": t`Picture` }, make("figure", {}, image, text),
-      make("div", { class: "lw-use" }, fetch, make("span", {}, t`lies in `, path), make("span", {}, t`In a web UI's prompt: `, tag)),
-      make("button", { class: "lw-close", type: "button", "aria-label": t`Close`, onclick: () => dialog.close() }, "×"));
-    const show = () => {
+    const told = () => {
       const name = grid.rows[row], { prompt, seed } = grid.prompts[i];
-      image.src = this.address(row, column, i);
-      image.alt = this.about(row, column, i);
-      text.textContent = t`${name} at strength ${grid.at[column]} · seed ${seed} · ${prompt}`;
       fetch.textContent = t`Use this one: ↓ ${name}`;
       path.textContent = this.files.find((file) => file.name === name)?.path || name;
       tag.textContent = `<lora:${name.replace(/\.safetensors$/, "")}:${grid.at[column]}>`;
+      return [this.address(row, column, i), this.about(row, column, i), t`${name} at strength ${grid.at[column]} · seed ${seed} · ${prompt}`];
     };
-    dialog.addEventListener("keydown", (event) => {
-      const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] || [];
-      if (down === undefined) return;
-      event.preventDefault();
-      const drawn = new Set(this.answer.there), [r, c] = [row + down, column + right];
-      if (!drawn.has(grid.pictures[r]?.[c]?.[i])) return;
-      [row, column] = [r, c];
-      show();
-    });
-    dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
-    dialog.addEventListener("close", () => dialog.remove());
-    document.body.append(dialog);
-    show();
-    dialog.showModal();
+    enlarged(t`Picture`, told(), (right, down) => {
+      if (!this.answer.there.includes(grid.pictures[row + down]?.[column + right]?.[i])) return null;
+      [row, column] = [row + down, column + right];
+      return told();
+    }, make("div", { class: "lw-use" }, fetch, make("span", {}, t`It lies in `, path), make("span", {}, t`In a web UI's prompt: `, tag)));
   }
 }
 

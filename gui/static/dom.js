@@ -42,6 +42,27 @@ function ask(title, content, buttons) {
   });
 }
 
+const ARROWS = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
+
+// A picture as large as the window allows. `told`: its address, what it shows, and the words under it;
+// `next(right, down)`: those of the one that an arrow key leads to, or null. `beside`: what stands under the words.
+function enlarged(label, told, next, ...beside) {
+  const image = make("img", {}), text = make("figcaption", {});
+  const dialog = make("dialog", { class: "lw-dialog lw-large", "aria-label": label }, make("figure", {}, image, text), ...beside,
+    make("button", { class: "lw-close", type: "button", "aria-label": t`Close`, onclick: () => dialog.close() }, "×"));
+  const show = (found) => { if (found) [image.src, image.alt, text.textContent] = found; };
+  dialog.addEventListener("keydown", (event) => {
+    if (!ARROWS[event.key]) return;
+    event.preventDefault();
+    show(next(...ARROWS[event.key]));
+  });
+  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  show(told);
+  dialog.showModal();
+}
+
 // The address of a file that the server lets us have, also behind a proxy or a tunnel.
 function fileAddress(path) {
   const parts = path.replaceAll("\\", "/").split("/").map(encodeURIComponent).join("/");

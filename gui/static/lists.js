@@ -3,7 +3,9 @@
 class RunList {
   constructor(server, live, bar) {
     Object.assign(this, { server, live, bar, chosen: new Set() });
-    this.comparison = new Compare(bar.form, server);
+    this.comparison = new Compare(bar.form, server, live);
+    this.runs = [];
+    new Sweep(bar.form, server, bar, this);
     this.chooser = new Chooser(server, live, bar);
     document.addEventListener("click", (event) => {
       if (event.target.id === "lw-compare-now") this.bar.order(() => this.comparison.show([...this.chosen]));
@@ -27,6 +29,7 @@ class RunList {
         const place = (run) => (run.state === "queued" ? queue.indexOf(run.id) : Infinity);
         runs.sort((a, b) => (place(a) === place(b) ? 0 : place(a) - place(b)));
         for (const id of this.chosen) if (!runs.some((run) => run.id === id)) this.chosen.delete(id);
+        this.runs = runs;
         body.replaceChildren(...runs.map((run) => this.row(run, place(run))));
         byId("lw-runs-list").hidden = !runs.length;
         this.count();
@@ -45,7 +48,7 @@ class RunList {
 
   again() { this.shown = ""; return this.refresh(); }
 
-  count() { byId("lw-compare-now").disabled = this.chosen.size < 2 || this.chosen.size > HUES.length; }
+  count() { byId("lw-compare-now").disabled = this.chosen.size < 2 || this.chosen.size > MOST_COMPARED; }
 
   row(run, place) {
     const waits = run.state === "queued", alive = ["starting", "running", "stopping"].includes(run.state);
@@ -62,9 +65,15 @@ class RunList {
         this.stranded(run)),
       make("td", { class: "lw-number" }, run.total ? `${run.step}/${run.total}` : "–"),
       make("td", { class: "lw-number" }, run.loss === null ? "–" : run.loss.toPrecision(3)),
-      make("td", { class: "lw-acts" }, run.files > 0 && act(said("Choose a checkpoint"), () => this.chooser.open(run.id)), run.stranded === "" && act(said("Resume"), () => this.resume(run)), act(said("Repeat"), () => this.repeat(run)),
+      make("td", { class: "lw-acts" }, run.sweep && act(said("Sweep"), () => this.sweep(run)), run.files > 0 && act(said("Choose a checkpoint"), () => this.chooser.open(run.id)), run.stranded === "" && act(said("Resume"), () => this.resume(run)), act(said("Repeat"), () => this.repeat(run)),
         waits ? place > 0 && act(said("Earlier"), turn("earlier")) : act(said("Files"), () => this.files(run)),
         waits ? act(said("Remove"), turn("remove")) : !alive && act(said("Delete"), () => this.remove(run))));
+  }
+
+  // The table of all runs of the same sweep, as far as they are, in the order in which they start.
+  async sweep({ sweep }) {
+    const same = this.runs.filter((run) => run.sweep === sweep).map((run) => run.id).sort();
+    await this.comparison.show(same);
   }
 
   // Why an ended run cannot go on, and what to switch on so that the next one can.

@@ -61,32 +61,17 @@ class Samples {
 
   // Large: arrows go through steps (left, right) and prompts (up, down).
   large(sample) {
-    const image = make("img", {}), text = make("figcaption", {});
-    const dialog = make("dialog", { class: "lw-dialog lw-large", "aria-label": t`Sample` }, make("figure", {}, image, text),
-      make("button", { class: "lw-close", type: "button", "aria-label": t`Close`, onclick: () => dialog.close() }, "×"));
     let { step, index } = sample;
-    const show = (found) => {
-      if (!found) return;
+    const told = (found) => {
+      if (!found) return null;
       const when = found.strength === 0 ? t`without the LoRA` : step === 0 ? t`before training` : t`step ${step}`;
-      image.src = found.address || fileAddress(found.path);
-      image.alt = `${found.prompt}, ${when}`;
-      text.textContent = t`${when} · seed ${found.seed} · ${found.prompt}`;
+      return [found.address || fileAddress(found.path), `${found.prompt}, ${when}`, t`${when} · seed ${found.seed} · ${found.prompt}`];
     };
-    dialog.addEventListener("keydown", (event) => {
+    enlarged(t`Sample`, told(sample), (right, down) => {
       const steps = this.steps(), prompts = [...this.prompts.keys()].sort((a, b) => a - b);
       const move = (list, value, by) => list[Math.min(list.length - 1, Math.max(0, list.indexOf(value) + by))];
-      if (event.key === "ArrowRight") step = move(steps, step, 1);
-      else if (event.key === "ArrowLeft") step = move(steps, step, -1);
-      else if (event.key === "ArrowDown") index = move(prompts, index, 1);
-      else if (event.key === "ArrowUp") index = move(prompts, index, -1);
-      else return;
-      event.preventDefault();
-      show(this.pictures.get(step)?.get(index));
+      [step, index] = [move(steps, step, right), move(prompts, index, down)];
+      return told(this.pictures.get(step)?.get(index));
     });
-    dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
-    dialog.addEventListener("close", () => dialog.remove());
-    document.body.append(dialog);
-    show(sample);
-    dialog.showModal();
   }
 }

@@ -4,6 +4,7 @@ import json
 
 from tests.browser.conftest import eventually, open_tab, set_text, shown, wait_state
 from tests.browser.test_live import start
+from trainer.tools import contact
 
 
 def enter(page, name=None, words=None, rank=None):
@@ -33,6 +34,17 @@ def row(page, folder):
     found = page.locator("#lw-runs tr").filter(has=page.get_by_label(f"Repeat {folder.name}"))
     found.wait_for()
     return found
+
+
+def told_in(page, label):
+    """A table of the comparison: each row's cells by their columns' names, by the row's name."""
+    table = page.locator(f"#lw-compare [aria-label='{label}'] table")
+    table.wait_for()
+    columns = table.locator("thead th").all_inner_texts()[1:]
+    return {
+        line.locator("th").inner_text().strip(): dict(zip(columns, line.locator("td").all_inner_texts(), strict=True))
+        for line in table.locator("tbody tr").all()
+    }
 
 
 def test_a_crashed_run_goes_on_from_its_state_with_one_button(server, visit):
@@ -108,21 +120,35 @@ def test_runs_are_compared_side_by_side(server, visit):
         assert compare.is_disabled()
         page.get_by_label(f"Compare {folder.name}").check()
     compare.click()
-    table = page.locator("#lw-compare table").first
-    table.wait_for()
-    told = {
-        line.locator("th").inner_text(): line.locator("td").all_inner_texts()
-        for line in table.locator("tbody tr").all()
-    }
-    assert told["Network Rank (Dimension)"] == ["8", "16"] and told["Training comment"] == [
-        "steps=8",
-        "steps=16 loss=2",
-    ]
-    assert len(told) == 3  # and the name
+    told = told_in(page, "Results")
+    assert told["first"]["Network Rank (Dimension)"] == "8" and told["second"]["Network Rank (Dimension)"] == "16"
+    assert told["second"]["Training comment"] == "steps=16 loss=2" and "step 16" in told["second"]["Last loss"]
+    assert len(told["first"]) == 7  # and no other setting differs
     page.wait_for_function(
-        "[...document.querySelectorAll('#lw-compare img')].filter((i) => i.naturalWidth).length === 4"
+        "[...document.querySelectorAll('#lw-compare img')].filter((i) => i.naturalWidth).length === 2 + 4"
     )
+    samples = page.locator("#lw-compare [aria-label=Samples]")
+    assert samples.locator("figcaption").all_inner_texts() == ["step 8", "step 8", "step 16", "step 16"]
+    slider = page.get_by_label("Step of the samples compared")
+    slider.press("Home")
+    assert set(samples.locator("figcaption").all_inner_texts()) == {"step 0"}
+    slider.fill("3")
+    assert page.locator(".lw-steps output").inner_text() == "up to step 6"
+    assert samples.locator("figcaption").all_inner_texts() == ["step 6", "step 6", "step 4", "step 4"]
+    samples.locator(".lw-picture").first.click()
+    page.keyboard.press("ArrowDown")
+    assert "second · step 4" in page.locator("dialog figcaption").inner_text()
+    page.keyboard.press("Escape")
     assert page.locator(".lw-legend").inner_text().count("at step") == 2
+    canvas = page.locator(".lw-curves")
+    canvas.focus()
+    page.keyboard.press("Home")
+    assert page.locator(".lw-legend").inner_text().count("at step 1\n") == 1
+    page.keyboard.press("End")
+    assert "at step 8" in page.locator(".lw-legend li").nth(0).inner_text()
+    assert "at step 16" in page.locator(".lw-legend li").nth(1).inner_text()
+    canvas.hover(position={"x": 46, "y": 90})
+    assert "first: " in canvas.get_attribute("aria-valuetext") and canvas.get_attribute("aria-valuenow") == "1"
     coloured = """() => {
         const canvas = document.querySelector('.lw-curves');
         const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
@@ -162,6 +188,64 @@ def test_settings_wait_in_the_queue_change_places_and_start_in_turn(server, visi
     began = {folder.name[16:]: folder.name[:15] for folder in server.runs.glob("2*")}
     assert set(began) - {"second", "fourth"} and "third" not in began
     assert began["second"] <= began["fourth"] and not list(server.runs.glob("2*/queued"))
+
+
+def test_a_sweep_is_checked_queued_and_ends_in_a_table(server, visit):
+    page = visit(server)
+    enter(page, "cat", "steps=2 pause=0.01")
+    open_tab(page, "Folders")
+    set_text(page, "train_data_dir", "embedded:images")
+    open_tab(page, "Runs")
+    page.get_by_text("Try several values: a sweep").click()
+    page.locator("#lw-sweep-field-1").fill("network_dim")
+    page.wait_for_selector("#lw-sweep-about-1 >> text=in the form: 8")
+    page.get_by_label("Values, with commas between").fill("0, 16")
+    press = page.locator("#lw-sweep-start")
+    press.click()
+    page.wait_for_selector("#lw-banner >> text=with Network Rank (Dimension) 0:")
+    assert not list(server.runs.glob("2*"))
+    page.get_by_label("Values, with commas between").fill("4, 16")
+    assert press.inner_text() == "Check and queue 2 runs"
+    press.click()
+    page.wait_for_selector("#lw-banner >> text=2 runs are in the queue")
+    eventually(lambda: len(list(server.runs.glob("2*/output/last.safetensors"))) == 2, 30)
+    page.wait_for_function("document.querySelectorAll('#lw-runs [data-state=done]').length === 2")
+    page.locator("#lw-runs tr").first.get_by_role("button", name="Sweep").click()
+    told = told_in(page, "Results")
+    assert {name: row["Network Rank (Dimension)"] for name, row in told.items()} == {
+        "cat-network_dim-4": "4",
+        "cat-network_dim-16": "16",
+    }
+    assert all("last.safetensors" in row["File"] and "step 2" in row["Lowest loss"] for row in told.values())
+
+
+def test_a_grid_is_shown_as_it_is_drawn_and_a_file_chosen_from_it(server, visit):
+    page = visit(server)
+    run = ended(server, page, "steps=4")
+    (run / "grid").mkdir()
+    index = {"rows": ["last.safetensors"], "at": [0, 1], "pictures": [[["a.png"], ["b.png"]]], "lines": "a cat --d 7"}
+    contact.write(run / "grid", index | {"prompts": [{"prompt": "a cat", "seed": 7, "size": [96, 96]}]})
+    (run / "grid" / "a.png").write_bytes(next((run / "samples").iterdir()).read_bytes())
+    open_tab(page, "Runs")
+    row(page, run).get_by_role("button", name="Choose a checkpoint").click()
+    grid = page.locator("#lw-choose table")
+    grid.get_by_role("button", name="a cat, last.safetensors at strength 0, open large").wait_for()
+    assert grid.locator(".lw-none").count() == 1
+    assert page.get_by_label("Prompts, one a line").input_value() == "a cat --d 7"
+    assert page.get_by_role("button", name="Draw 2 pictures").is_enabled()
+    grid.locator(".lw-picture").click()
+    page.keyboard.press("ArrowRight")  # not drawn yet: the one in view stays
+    assert "<lora:last:0>" in page.locator("dialog").inner_text()
+    assert str(run / "output" / "last.safetensors") in page.locator("dialog").inner_text()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Use this one").click()
+    assert download.value.suggested_filename == "last.safetensors"
+    page.keyboard.press("Escape")
+    (run / "output" / "last.safetensors").unlink()
+    page.get_by_role("button", name="Draw 2 pictures").click()
+    page.wait_for_selector("#lw-choose .lw-wrong >> text=LoRAs: is empty.")
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_the_tab_fits_a_phone(server, visit):

@@ -61,7 +61,7 @@ def test_a_curve_is_thinned_and_keeps_the_last_step(run):
     assert {later[0] - earlier[0] for earlier, later in pairwise(curve)} == {3}
 
 
-def test_the_last_sample_of_each_prompt_with_the_lora_and_inside_the_run_only(run):
+def test_the_samples_with_the_lora_and_inside_the_run_only(run):
     run.samples.mkdir()
     events = EventLog(run.events)
     for step, index, strength in ((0, 0, 1.0), (4, 0, 1.0), (4, 0, 0.0), (4, 1, 1.0)):
@@ -69,8 +69,8 @@ def test_the_last_sample_of_each_prompt_with_the_lora_and_inside_the_run_only(ru
         path.write_bytes(b"x")
         events.emit(Sample(f"samples/{path.name}", f"prompt {index}", index, 7, step, strength))
     events.emit(Sample("../../../etc/passwd", "bad", 2, 7, 9, 1.0))
-    found = [(s["prompt"], s["step"], s["path"].rsplit("/", 1)[1]) for s in history.last_samples(run)]
-    assert found == [("prompt 0", 4, "4_0_1.0.png"), ("prompt 1", 4, "4_1_1.0.png")]
+    found = [(s["prompt"], s["step"], s["path"].rsplit("/", 1)[1]) for s in history.samples(run)]
+    assert found == [("prompt 0", 0, "0_0_1.0.png"), ("prompt 0", 4, "4_0_1.0.png"), ("prompt 1", 4, "4_1_1.0.png")]
 
 
 def test_deleting_takes_what_the_run_wrote_and_leaves_what_others_put_there(run, tmp_path):

@@ -265,11 +265,12 @@ def test_settings_with_errors_do_not_wait_in_the_queue(desk):
     assert desk.runs.ids() == []
 
 
-def test_runs_are_compared_by_settings_curve_and_last_samples(desk):
+def test_runs_are_compared_by_settings_curve_outcome_and_samples(desk):
     first, second = ended_run(desk), ended_run(desk, "steps=4")
     answer = desk.compare({"runs": [first, second, first, "../x"]})["runs"]
     assert [run["run"] for run in answer] == [first, second]
     assert [run["curve"][-1][0] for run in answer] == [8, 4]
-    assert [sample["step"] for sample in answer[0]["samples"]] == [8, 8]
+    assert [sample["step"] for sample in answer[0]["samples"]][-2:] == [8, 8]
+    assert answer[1]["outcome"]["last"][0] == 4 and answer[1]["outcome"]["file"] == "last.safetensors"
     assert answer[0]["entries"]["training_comment"] == "steps=8"
     assert desk.runs.folder / first / "samples" in desk.allowed

@@ -1,0 +1,116 @@
+"""A sweep: which runs it makes, that nothing is queued unless all can run, and what its runs are known by."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from gui import history, runs, sweep
+from gui.runs import Runs
+from gui.waiting import Queue
+from trainer.events import Ended, EventLog, Saved, Step
+from trainer.paths import DEMO
+from trainer.run import Run
+
+ROOT = Path(__file__).resolve().parents[2]
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")))
+BASE = {"output_name": "cat", "network_alpha": 1, "train_data_dir": str(DEMO / "images"), "caption_extension": ".txt"}
+
+
+def test_every_combination_is_a_run_named_after_what_it_has():
+    found, problems = sweep.plan(BASE, [["learning_rate", "1e-4, 5e-5,1e-4"], ["network_dim", "4,8"]])
+    assert not problems
+    assert [(one.values["learning_rate"], one.values["network_dim"]) for one in found] == [
+        (1e-4, 4),
+        (1e-4, 8),
+        (5e-5, 4),
+        (5e-5, 8),
+    ]
+    assert found[1].values["output_name"] == "cat-learning_rate-1e-4-network_dim-8"
+    assert found[1].words == "Learning rate 1e-4, Network Rank (Dimension) 8"
+    assert all(one.values["network_alpha"] == 1 for one in found) and BASE["output_name"] == "cat"
+
+
+def test_values_with_commas_switches_and_names_that_would_be_alike():
+    found, _ = sweep.plan(BASE, [["max_resolution", "512,512; 768,768"], ["save_state", "on, off"]])
+    assert [(one.values["max_resolution"], one.values["save_state"]) for one in found][:2] == [
+        ("512,512", True),
+        ("512,512", False),
+    ]
+    found, _ = sweep.plan(BASE, [["vae", "a/b; a b"]])
+    assert [one.values["output_name"] for one in found] == ["cat-vae-a-b", "cat-vae-a-b-2"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([], "Choose a parameter"),
+        ([["learning_rate", " , "]], "Choose a parameter"),
+        ([["learning_rate", "1e-4"]], "make 1 runs"),
+        ([["seed", ",".join(map(str, range(25)))]], "make 25 runs"),
+        ([["seed", "1,2"], ["seed", "3,4"]], "the same one"),
+        ([["no_such_key", "1,2"]], "no parameter"),
+        ([["output_name", "a,b"]], "cannot be swept"),
+        ([["wandb_api_key", "a,b"]], "cannot be swept"),
+    ],
+)
+def test_what_is_no_sweep_is_refused_in_words(fields, message):
+    found, (problem,) = sweep.plan(BASE, fields)
+    assert found == [] and message in problem.message
+
+
+def test_each_combination_is_checked_and_a_problem_names_the_first_that_has_it():
+    found, _ = sweep.plan(BASE, [["network_dim", "8, 0"], ["optimizer", "AdamW, Sgd"]])
+    wrong = {problem.key: problem.message for problem in sweep.check(found, {})}
+    assert set(wrong) == {"network_dim", "optimizer"}
+    assert wrong["network_dim"].startswith("with Network Rank (Dimension) 0, Optimizer AdamW:")
+    assert wrong["optimizer"].startswith("with Network Rank (Dimension) 8, Optimizer Sgd:")
+    assert sweep.check(sweep.plan(BASE, [["network_dim", "8, 16"]])[0], {}) == []
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    made = Queue(Runs(tmp_path / "runs", ROOT, FAKE))
+    yield made
+    for run_id in made.runs.ids():
+        runs.kill(made.runs.find(run_id))
+
+
+def test_the_runs_of_a_sweep_are_queued_in_order_and_known_by_it_after_their_start(queue):
+    found, _ = sweep.plan({**BASE, "training_comment": "steps=500"}, [["seed", "1,2,3"]])
+    sweep.enqueue(queue, found, {})
+    assert [run.folder.name[16:] for run in queue.waiting()] == [f"cat-seed-{n}" for n in (1, 2, 3)]
+    queue.start_next()
+    (same,) = {queue.runs.summary(run_id)["sweep"] for run_id in queue.runs.ids()}
+    assert same
+
+
+def test_where_the_disk_refuses_one_none_is_queued(queue, monkeypatch):
+    found, _ = sweep.plan(BASE, [["seed", "1,2,3"]])
+    add = queue.add
+
+    def full(values, kept, mark):
+        if values["seed"] == 3:
+            raise OSError(28, "No space left on device")
+        return add(values, kept, mark)
+
+    monkeypatch.setattr(queue, "add", full)
+    with pytest.raises(OSError):
+        sweep.enqueue(queue, found, {})
+    assert queue.waiting() == []
+
+
+def test_what_came_of_a_run(tmp_path):
+    run = Run(tmp_path / "20260101-000000-cat")
+    run.output.mkdir(parents=True)
+    assert history.outcome(run) == {"last": None, "lowest": None, "seconds": None, "file": None}
+    events = EventLog(run.events)
+    for step, average in ((1, 0.5), (2, 0.2), (3, 0.3)):
+        events.emit(Step(step, 3, 1, 1, 9.0, average, 1e-4, None, 2.0, None, 0))
+    (run.output / "cat.safetensors").write_bytes(b"x")
+    events.emit(Saved(str(run.output / "cat.safetensors"), 3, 1, "final"))
+    events.emit(Ended("done", 3, "", 1.0))
+    found = history.outcome(run)
+    assert (found["last"], found["lowest"], found["file"]) == ([3, 0.3], [2, 0.2], "cat.safetensors")
+    assert 0 <= found["seconds"] < 5
