@@ -34,7 +34,7 @@ def plan(values: Mapping[str, Any], fields: Sequence[Sequence[str]]) -> tuple[li
 
     Values that hold commas themselves have semicolons between them. Nothing is planned where there are problems.
     """
-    chosen = [(key, words) for key, text in fields if key and (words := _words(text))]
+    chosen = [(key, words) for key, *texts in filter(None, fields) if key and (words := _words("".join(texts)))]
     problems = [problem for key, _ in chosen if (problem := _refusal(key))]
     if not chosen:
         problems = [Problem("", "Sweep", "Choose a parameter and enter its values with commas between, at least two.")]

@@ -147,8 +147,15 @@ FIELDS = {
 }
 
 
-BY_KIND = {str: odd_words, int: st.integers(), bool: st.booleans(), list[str]: st.lists(odd_words, max_size=3)}
-PLAIN_BY_KIND = {str: "1", int: 0, bool: True, list[str]: ["x"]}
+lists = st.lists(odd_words, max_size=3)
+BY_KIND = {
+    str: odd_words,
+    int: st.integers(),
+    bool: st.booleans(),
+    list[str]: lists,
+    list[list[str]]: st.lists(lists, max_size=3),
+}
+PLAIN_BY_KIND = {str: "1", int: 0, bool: True, list[str]: ["x"], list[list[str]]: [["seed", "1, 2"]]}
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
