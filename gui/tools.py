@@ -68,6 +68,8 @@ class Tools:
             return [Problem("", "Tool", f'there is no tool "{name}"')]
         tool = TOOLS[name]
         values, problems = self._inside(tool, {key: entries.get(key, "") for key in tool.parameters if key != BACKUPS})
+        if BACKUPS in tool.parameters:
+            values[BACKUPS] = str(self.runs.folder / "captions")  # where the Dataset tab looks for what can be undone
         return problems or self.begin(name, values)
 
     def begin(self, name: str, values: Mapping[str, Any]) -> list[Problem]:

@@ -124,3 +124,14 @@ def test_loras_of_runs_are_offered_before_those_of_models(tools, tmp_path):
     for folder in (output, tmp_path / "models"):
         (folder / "a.safetensors").write_bytes(b"")
     assert tools.offer()["loras"] == [str(output / "a.safetensors"), str(tmp_path / "models" / "a.safetensors")]
+
+
+def test_what_captions_were_is_kept_where_the_dataset_tab_looks_for_it(tools, tmp_path, monkeypatch):
+    launched = []
+    monkeypatch.setattr("gui.runs.launch", lambda run, command, root: launched.extend(command))
+    (tmp_path / "images").mkdir()
+    form = next(form for form in tools.offer()["tools"] if form["name"] == "caption")
+    values = {field["key"]: field["default"] for field in form["fields"]}
+    assert "backups" not in values
+    assert tools.start("caption", {**values, "model": str(tmp_path), "folder": str(tmp_path / "images")}) == []
+    assert f"--backups={tmp_path / 'runs' / 'captions'}" in launched
