@@ -114,7 +114,7 @@ def _placed(
 
 def _lonely(config: Config, counted: Mapping[Size, int], seen: Mapping[Size, int]) -> Iterator[Problem]:
     """Buckets that never fill a batch, each of which costs a step for less, or fill it with one image alone."""
-    batch = config.training.batch_size
+    batch = config.training.batch_of_all
     found = sorted(place for place in seen if place != (0, 0))
     short = [place for place in found if seen[place] < batch]
     single = [place for place in found if counted[place] == 1 < batch <= seen[place]]
@@ -152,10 +152,10 @@ def _steps(config: Config, places: Sequence[Size], pictures: Sequence[Picture]) 
     repeats = [picture.repeats for picture in pictures]
     if not repeats or (0, 0) in places:
         return None
-    length = Length.of(batches_per_epoch(places, repeats, config.training.batch_size), config.training)
+    length = Length.of(batches_per_epoch(places, repeats, config.training.batch_of_all), config.training)
     return {
         "seen": sum(repeats),
-        "batch": config.training.batch_size,
+        "batch": config.training.batch_of_all,
         "accumulation": length.accumulation,
         "batches": length.batches_per_epoch,
         "epochs": length.epochs,

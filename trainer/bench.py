@@ -37,6 +37,7 @@ WITHOUT = {
     "sample_every_n_epochs": 0,
     "sample_every_n_steps": 0,
     "resume": "",
+    "num_processes": 1,
     "max_train_epochs": 0,
     "log_with": "",
 }

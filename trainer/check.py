@@ -447,7 +447,7 @@ def _summary(config: Config, pictures: tuple[Picture, ...], places: list[Size] |
     counts: Counter[Size] = Counter()
     for bucket, count in zip(places, repeats, strict=True):
         counts[bucket] += count
-    length = Length.of(batches_per_epoch(places, repeats, config.training.batch_size), config.training)
+    length = Length.of(batches_per_epoch(places, repeats, config.training.batch_of_all), config.training)
     return Summary(
         training,
         len(pictures) - training,

@@ -43,6 +43,9 @@ DESCRIPTION = "description"
 PENDING: dict[str, tuple[Any, ...]] = {
     "log_tracker_config": (),
     "lr_scheduler_type": (),
+    "main_process_port": (),
+    "multi_gpu": (True,),
+    "num_machines": (1, "1"),
 }
 _OFF: tuple[Any, ...] = (False, 0, "", None, "0", "0.0", "False")
 

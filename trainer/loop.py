@@ -57,7 +57,7 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
             loss, rates = take_step(s, step + 1, batches)
             step += 1
             report.add(step, loss, rates)
-            asked = requests()
+            asked = s.team.asked(requests())
             files, pictures = files_due(s, step, asked), samples_due(s, step, asked)
             if files or pictures:
                 report.flush()
@@ -94,7 +94,7 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
     s.trackers.close()
     s.accelerator.end_training()
     status: Literal["done", "stopped"] = "done" if step == s.length.total_steps else "stopped"
-    if status == "done":
+    if status == "done" and s.team.leads:
         state.supersede(s.resumed)
     return Ended(status, step, path, round(time.monotonic() - began, 1))
 
@@ -107,6 +107,8 @@ def batches_behind(s: Session, step: int) -> Iterator[Batch]:
 def files_due(s: Session, step: int, asked: set[str]) -> list[Due]:
     """The files to write after a step."""
     saving = s.config.saving
+    if not s.team.leads:
+        return []
     if step == s.length.total_steps:
         return [Due(checkpoint.file_name(saving.name))]
     files = []
@@ -128,14 +130,14 @@ def state_due(s: Session, step: int, asked: set[str]) -> bool:
 
 def draws_samples(s: Session) -> bool:
     """Whether pictures are drawn in this training without being asked for."""
-    return bool(s.prompts) and bool(s.config.samples.every_n_steps or s.config.samples.every_n_epochs)
+    return s.team.leads and bool(s.prompts) and bool(s.config.samples.every_n_steps or s.config.samples.every_n_epochs)
 
 
 def samples_due(s: Session, step: int, asked: set[str]) -> bool:
     """Whether pictures are to be drawn after a step; a stop does not wait for them."""
     settings, epoch = s.config.samples, epoch_ended(s, step)
     due = divides(settings.every_n_steps, step) or (epoch and divides(settings.every_n_epochs, epoch))
-    return bool(s.prompts) and "stop" not in asked and bool(due or "sample" in asked)
+    return s.team.leads and bool(s.prompts) and "stop" not in asked and bool(due or "sample" in asked)
 
 
 def epoch_ended(s: Session, step: int) -> int:
@@ -168,6 +170,7 @@ def take_step(s: Session, step: int, batches: Iterator[Batch]) -> tuple[torch.Te
             loss = part / len(numbers)
             s.accelerator.backward(loss)
             total += loss.detach()
+    total = s.team.sum(s.network.parameters(), total)
     s.whole = False
     if s.config.optim.max_grad_norm:
         norm = s.accelerator.clip_grad_norm_(s.network.parameters(), s.config.optim.max_grad_norm)
@@ -193,10 +196,19 @@ def take_step(s: Session, step: int, batches: Iterator[Batch]) -> tuple[torch.Te
 
 
 def batch_loss(s: Session, batch: Batch) -> torch.Tensor:
-    """The mean loss of a batch under torch's present random state."""
+    """The mean loss of a batch under torch's present random state; of a share, its part of that mean.
+
+    The noise of a share is that of the whole batch; what dropout leaves out is drawn for each process.
+    """
     latents = latents_of(s, batch)
-    text = text_of(s, batch.captions)
-    return loss_per_image(s, batch, noised(s, latents), text).mean()
+    if batch.is_whole:
+        text = text_of(s, batch.captions)
+        return loss_per_image(s, batch, noised(s, latents), text).mean()
+    whole = latents.new_zeros(batch.images, *latents.shape[1:])
+    whole[batch.places] = latents
+    drawn = tuple(tensor[batch.places] for tensor in noised(s, whole))
+    set_torch_to(torch.initial_seed(), "share", s.team.place.rank)
+    return loss_per_image(s, batch, drawn, text_of(s, batch.captions)).sum() / batch.images
 
 
 def losses_of_parts(s: Session, batch: Batch) -> Iterator[torch.Tensor]:
@@ -220,7 +232,9 @@ def latents_of(s: Session, batch: Batch) -> torch.Tensor:
     if batch.latents is not None:
         return batch.latents.to(s.accelerator.device)
     assert batch.pixels is not None
-    return cache.encode(s.model, batch.pixels, batch.names)
+    among = None if batch.is_whole else (batch.places, batch.images)
+    # The same draws of noise, however the VAE lays its answer out.
+    return cache.encode(s.model, batch.pixels, batch.names, among=among).contiguous()
 
 
 def text_of(s: Session, captions: list[str]) -> TextStates:
@@ -345,6 +359,8 @@ class Reporter:
 
     def add(self, step: int, loss: torch.Tensor, rates: dict[str, float]) -> None:
         """Take a step's result. Its event is written at most half a second after the step that follows."""
+        if not self.s.team.leads:
+            return
         self._waiting.append((step, loss, rates))
         if time.monotonic() - self._flushed > EVENTS_EVERY_S:
             self.flush()

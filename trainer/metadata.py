@@ -134,7 +134,7 @@ def describe(
         "ss_prior_loss_weight": training.prior_loss_weight,
         "ss_min_snr_gamma": noise.min_snr_gamma or None,
         "ss_batch_size_per_device": training.batch_size,
-        "ss_total_batch_size": training.batch_size * training.accumulation,
+        "ss_total_batch_size": training.batch_of_all * training.accumulation,
         "ss_resolution": data.resolution,
         "ss_color_aug": data.color,
         "ss_flip_aug": data.flip,

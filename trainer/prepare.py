@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainer import metadata, models, networks, optim, state, trackers
@@ -21,17 +22,19 @@ from trainer.data import cache, folders, texts
 from trainer.data.buckets import Buckets, Placement
 from trainer.data.feed import Feed
 from trainer.data.folders import Picture
+from trainer.errors import ConfigError
 from trainer.events import Event, Phase, Warned
 from trainer.length import Length
 from trainer.lora.reading import read
 from trainer.models.facts import Layout
 from trainer.networks import Network, blocks
 from trainer.paths import resolve
+from trainer.processes import ALONE, PATIENCE, Place, Team, here
 from trainer.prompts import Prompt, parse
 from trainer.randomness import set_torch_to
 from trainer.retention import Retention
 from trainer.run import Run, sweep
-from trainer.schema import Config
+from trainer.schema import Config, problem_with
 from trainer.schema.blocks import rate_weights
 from trainer.schema.rules import text_encoder_rate, unet_rate
 from trainer.schema.training import Training
@@ -54,6 +57,7 @@ class Session:
     seed: int
     precision: str
     accelerator: Accelerator
+    team: Team
     model: Any
     network: Network
     optimizer: torch.optim.Optimizer
@@ -96,21 +100,24 @@ def prepare(
     are taken, where not all are. Raises a LorawrightError naming what does not work.
     """
     training = config.training
+    place = here()
+    accelerator, precision = accelerator_of(config, emit, place)
     torch.set_num_threads(training.threads)
-    accelerator, precision = accelerator_of(config, emit)
-    found = state.resumed(config, run.folder.parent)
-    resumed = found[0] if found else None
+    team = Team(place)
+    resumed = _past(config, run, team)
     seed = training.seed
     if seed is None:
         seed = resumed.seed if resumed else secrets.randbelow(2**32)
+    seed = team.told(seed)
     log.info("seed: %d", seed)
 
     emit(Phase("reading the image folders"))
     dataset = folders.scan(config.folders, config.captions)
     output = resolve(config.folders.output) if config.folders.output else run.output
     beside = {picture.path.parent / cached for picture in dataset.pictures for cached in (cache.FOLDER, texts.FOLDER)}
-    for folder in (run.folder, run.samples, output, *sorted(beside)):
-        sweep(folder)
+    if team.leads:
+        for folder in (run.folder, run.samples, output, *sorted(beside)):
+            sweep(folder)
     buckets = Buckets(config.data)
     placements = [buckets.place(picture.size) for picture in dataset.pictures]
     if choose:
@@ -130,9 +137,9 @@ def prepare(
     latents = None
     model.vae.to(device)
     if config.data.cache_latents:
-        latents = cache.encode_all(
-            dataset.pictures,
-            placements,
+        encoded = cache.encode_all(
+            team.mine(dataset.pictures),
+            team.mine(placements),
             model,
             flip=config.data.flip,
             batch_size=config.data.vae_batch_size or training.batch_size,
@@ -141,6 +148,7 @@ def prepare(
             masked=config.objective.masked,
             progress=partial(progress, "latents"),
         )
+        latents = team.gathered(encoded)
         model.vae.to("cpu")
     prompts = parse(config.samples.prompts)
     captions = prompt_texts = None
@@ -157,7 +165,7 @@ def prepare(
         torch.cuda.empty_cache()
 
     emit(Phase("building the network"))
-    feed = Feed(dataset.pictures, placements, config, seed, latents)
+    feed = Feed(dataset.pictures, placements, config, seed, latents, place)
     length = Length.of(len(feed), training)
     network = _network(config, model, seed)
     optimizer = optim.make_optimizer(_groups(config, network, model.family.blocks), config.optim)
@@ -185,6 +193,7 @@ def prepare(
         seed=seed,
         precision=precision,
         accelerator=accelerator,
+        team=team,
         model=model,
         network=network,
         optimizer=optimizer,
@@ -206,11 +215,18 @@ def prepare(
         output=output,
         check=check,
         retention=Retention(config.saving),
-        trackers=trackers.start(config, run, emit) if accelerator.is_main_process else trackers.Trackers(emit),
+        trackers=trackers.start(config, run, emit) if team.leads else trackers.Trackers(emit),
         resumed=resumed,
         newest_state=resumed.folder if resumed else None,
         returns=list(resumed.returns) if resumed else [],
     )
+
+
+def _past(config: Config, run: Run, team: Team) -> state.State | None:
+    """The state to go on from: the one that the first process finds."""
+    found = state.resumed(config, run.folder.parent) if team.leads else None
+    folder = team.told(found[0].folder if found else None)
+    return found[0] if found else folder and state.read(folder)
 
 
 def _resume(resumed: state.State, config: Config, length: Length, emit: Emit) -> None:
@@ -252,13 +268,26 @@ def base_model(config: Config, precision: str, device: torch.device, emit: Emit,
     return model
 
 
-def accelerator_of(config: Config, emit: Emit) -> tuple[Accelerator, str]:
-    """The device and the precision that it can compute in."""
+def accelerator_of(config: Config, emit: Emit, place: Place = ALONE) -> tuple[Accelerator, str]:
+    """The device and the precision that it can compute in; where there are others, this joins them.
+
+    Raises ConfigError where a process would have no GPU of its own.
+    """
+    on_gpu = torch.cuda.is_available()
+    if place.count > 1 and on_gpu and int(os.environ["LOCAL_WORLD_SIZE"]) > (found := torch.cuda.device_count()):
+        message = f"needs a GPU for each process, and this machine shows {found}. Lower it"
+        message += f", or name more in GPU IDs (gpu_ids {config.training.gpus})." if config.training.gpus else "."
+        raise ConfigError([problem_with("num_processes", message)])
     precision: str = config.training.precision
     if precision == "fp16" and not torch.cuda.is_available():
         precision = "bf16"
         emit(Warned("Mixed precision fp16 needs a GPU; bf16 is used instead.", "Set Mixed precision to bf16 or no."))
-    accelerator = Accelerator(mixed_precision=precision, step_scheduler_with_optimizer=False)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        step_scheduler_with_optimizer=False,
+        cpu=place.count > 1 and not on_gpu,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     if config.training.full_fp16 and accelerator.scaler is not None:
         # torch's scaler refuses gradients in fp16 unless told that they are meant.
         accelerator.scaler._unscale_grads_ = partial(_unscale, accelerator.scaler._unscale_grads_)

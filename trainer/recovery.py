@@ -40,7 +40,7 @@ def go_on(s: Session, step: int, error: Exception, keep: Callable[[Session, int]
     if behind is not None:
         return behind
     past = newest_state(s)
-    if s.whole and not not_a_number and step >= s.first_step and (past is None or past.step < step):
+    if s.team.leads and s.whole and not not_a_number and step >= s.first_step and (past is None or past.step < step):
         keep(s, step)
     if is_memory(error):
         log.info("where memory ended:", exc_info=error)

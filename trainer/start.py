@@ -7,18 +7,19 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from trainer import kohya, state
+from trainer import kohya, processes, state
 from trainer.check import problems
 from trainer.errors import ConfigError, LorawrightError, Problem, StateError, Stopped
 from trainer.events import Ended, Event, EventLog, Failed, Phase, Started, Warned
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run, new_run
-from trainer.schema import Config
+from trainer.schema import Config, parse
 from trainer.schema.memory import full, is_memory
 
 log = logging.getLogger("trainer")
@@ -27,8 +28,9 @@ log = logging.getLogger("trainer")
 class Requests:
     """What is asked of the trainer, by the control file or by a signal."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, listens: bool = True) -> None:
         self.run = run
+        self._listens = listens
         self._offset = run.control.stat().st_size if run.control.exists() else 0
         self._waiting: set[str] = set()
         self.signal = ""
@@ -44,6 +46,8 @@ class Requests:
         self.signal = signal.Signals(number).name
 
     def _read(self) -> None:
+        if not self._listens:  # another process does
+            return
         words, self._offset = self.run.requests(self._offset)
         self._waiting.update(words)
 
@@ -66,6 +70,14 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
 
     Whatever happens ends in an event: `ended`, or `failed` with the cause and what to change.
     """
+    place = processes.here()
+    if place.count > 1:  # started by a launcher, which knows how many there are
+        preset = kohya.overridden(preset, ["--num_processes", str(place.count)])
+        if folder is None:
+            print("Several processes need the run's folder, the same for all: --run FOLDER.", file=sys.stderr)
+            return EXIT_CONFIG
+        if place.rank:
+            return follow(preset, Run(folder.resolve()), place)
     checked = problems(preset, decode=False, runs=folder.resolve().parent if folder else Path("runs"))
     if checked.config is None:
         print(ConfigError([p for p in checked.problems if p.severity == "error"]), file=sys.stderr)
@@ -83,10 +95,20 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
         kohya.save(run.config, preset.values, preset.kept)
     events = EventLog(run.events)
     requests = Requests(run)
-    with _logging_to(run):
+    training = checked.config.training
+
+    def lost(failed: Failed | None) -> None:
+        log.critical("%s", failed)
+        events.emit(failed or Failed("process_lost", "One of the processes ended."))
+        os._exit(EXIT_FAILED)
+
+    with (
+        _logging_to(run),
+        processes.followed(run, training.processes, training.gpus, preset.values, lost) as followers,
+    ):
         log.info("run: %s", run.folder)
-        if checked.config.training.additional:
-            log.info("additional parameters: %s", checked.config.training.additional)
+        if training.additional:
+            log.info("additional parameters: %s", training.additional)
         for note in preset.notes:
             log.info("preset: %s", note)
         for problem in checked.problems:
@@ -101,13 +123,39 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
             events.emit(Ended("stopped", step, "", 0.0, requests.signal))
             return EXIT_STOPPED
         except BaseException as error:
-            failed = explain(error, checked.config)
-            log.critical("%s %s", failed.message, failed.hint, exc_info=not isinstance(error, LorawrightError))
+            others = followers.cause() if isinstance(error, RuntimeError) and not is_memory(error) else None
+            failed = others or explain(error, checked.config)
+            trace = not others and not isinstance(error, LorawrightError)
+            log.critical("%s %s", failed.message, failed.hint, exc_info=trace)
             try:
                 events.emit(failed)
             except OSError as full:  # the page then tells of the log's last line and the exit code
                 print(f"This could not be written to {run.events}: {full}", file=sys.stderr)
             return EXIT_FAILED
+
+
+def follow(preset: kohya.Preset, run: Run, place: processes.Place) -> int:
+    """Be one of a training's processes but the first, which alone writes and tells. Returns the exit code."""
+    logging.basicConfig(format=f"process {place.rank + 1}: %(message)s", level=logging.ERROR, stream=sys.stdout)
+    requests = Requests(run, listens=False)
+    config = Config()
+    try:
+        config = parse(preset.values)
+        if config.training.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = config.training.gpus
+        from trainer.loop import train as loop
+        from trainer.prepare import prepare
+
+        loop(prepare(config, run, lambda event: None), requests.take)
+    except BaseException as error:
+        time.sleep(1)  # where the error is that the first process is gone, this one ends meanwhile
+        failed = explain(error, config)
+        processes.write_down(run, place.rank, failed)
+        log.critical("%s", failed.message, exc_info=not isinstance(error, LorawrightError))
+        return EXIT_FAILED
+    finally:
+        processes.leave()
+    return EXIT_DONE
 
 
 def _train(config: Config, run: Run, events: EventLog, requests: Requests) -> int:

@@ -54,6 +54,7 @@ _FREE = {
     "gradient_checkpointing",
     "max_data_loader_n_workers",
     "num_cpu_threads_per_process",
+    "gpu_ids",
     "persistent_data_loader_workers",
     "vae_batch_size",
     *(key for key, p in PARAMETERS.items() if p.group in ("saving", "samples") or p.section.heading == "Logging"),

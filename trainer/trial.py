@@ -40,6 +40,7 @@ WITHOUT = {
     "logging_dir": "",
     "log_with": "",
     "resume": "",
+    "num_processes": 1,
     "max_train_steps": STEPS,
     "stop_text_encoder_training": 0,
 }

@@ -131,10 +131,14 @@ def _draw(picture: Picture, which: str) -> torch.Generator:
 
 
 def encode(
-    model: Any, pixels: torch.Tensor, names: Sequence[str], generators: list[torch.Generator] | None = None
+    model: Any,
+    pixels: torch.Tensor,
+    names: Sequence[str],
+    generators: list[torch.Generator] | None = None,
+    among: tuple[Sequence[int], int] | None = None,
 ) -> torch.Tensor:
-    """Latents [B,C,h,w] of pixels [B,3,H,W]. Raises TrainingError naming the images whose latents are not numbers."""
-    latents = model.encode(pixels, generators)
+    """Latents [B,C,h,w] of pixels [B,3,H,W], with draws as the model's `encode` has them. Raises TrainingError naming the images whose latents are not numbers."""
+    latents = model.encode(pixels, generators, **({"among": among} if among else {}))
     sound = latents.isfinite().flatten(1).all(1).tolist()
     if all(sound):
         return latents

@@ -22,6 +22,7 @@ from trainer.data.cache import Latents, to_tensor
 from trainer.data.folders import Picture
 from trainer.data.images import opacity, pixels, with_hue
 from trainer.errors import LorawrightError
+from trainer.processes import ALONE, Place
 from trainer.randomness import generator_at
 from trainer.schema import Config
 
@@ -34,7 +35,8 @@ class Batch:
     """What one step sees. Either `latents` [B,4,h,w] or `pixels` [B,3,H,W] in −1…1 is there.
 
     `sizes` [B,6]: each image's height and width as it was found, top and left of its crop, height
-    and width that are trained, in pixels. SDXL is told of them.
+    and width that are trained, in pixels. SDXL is told of them. `places`: which of the batch's
+    `images` these are: all, or one process's share.
     """
 
     latents: torch.Tensor | None
@@ -44,6 +46,8 @@ class Batch:
     masks: torch.Tensor | None
     sizes: torch.Tensor
     names: list[str]
+    places: list[int]
+    images: int
 
     def only(self, some: torch.Tensor) -> Batch:
         """Those of its images that are at these places."""
@@ -52,7 +56,14 @@ class Batch:
             **{name: None if tensor is None else tensor[some] for name, tensor in tensors.items()},
             captions=[self.captions[i] for i in some],
             names=[self.names[i] for i in some],
+            places=[self.places[i] for i in some],
+            images=self.images,
         )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of its images are here, and not one process's share."""
+        return len(self.places) == self.images
 
 
 @dataclass(frozen=True)
@@ -76,10 +87,11 @@ class Feed(Dataset[Batch]):
         config: Config,
         seed: int,
         latents: Sequence[Latents] | None = None,
+        place: Place = ALONE,
     ) -> None:
         self.pictures, self.placements, self.latents = pictures, placements, latents
-        self.config, self.seed = config, seed
-        self.per_epoch = batches_per_epoch(self._buckets(), self._repeats(), config.training.batch_size)
+        self.config, self.seed, self.place = config, seed, place
+        self.per_epoch = batches_per_epoch(self._buckets(), self._repeats(), config.training.batch_of_all)
         self._order = lru_cache(maxsize=2)(self._order_of)
 
     def __getstate__(self) -> dict[str, object]:
@@ -99,7 +111,7 @@ class Feed(Dataset[Batch]):
         return [picture.repeats for picture in self.pictures]
 
     def _order_of(self, epoch: int) -> list[Indices]:
-        return epoch_batches(self._buckets(), self._repeats(), self.config.training.batch_size, self.seed, epoch)
+        return epoch_batches(self._buckets(), self._repeats(), self.config.training.batch_of_all, self.seed, epoch)
 
     def files(self, number: int) -> list[Path]:
         """The images of a batch."""
@@ -118,7 +130,11 @@ class Feed(Dataset[Batch]):
         return found
 
     def __getitem__(self, number: int) -> Batch:
-        reads = self.reads(number)
+        """This process's share of a batch. Where it has none, the batch's first image stands in and counts for nothing."""
+        every = self.reads(number)
+        share = self.place.share(len(every))
+        places = list(share) or [0]
+        reads = [every[i] for i in places]
         read_from = [self.pictures[read.item] for read in reads]
         prior = self.config.training.prior_loss_weight
         return Batch(
@@ -126,9 +142,11 @@ class Feed(Dataset[Batch]):
             pixels=to_tensor([self.image(read) for read in reads]) if self.latents is None else None,
             captions=[read.caption for read in reads],
             masks=torch.stack([self.mask(read) for read in reads]) if self.config.objective.masked else None,
-            weights=torch.tensor([prior if picture.regularisation else 1.0 for picture in read_from]),
+            weights=torch.tensor([prior if picture.regularisation else 1.0 for picture in read_from]) * bool(share),
             sizes=torch.tensor([self._sizes(read) for read in reads], dtype=torch.float32),
             names=[picture.path.name for picture in read_from],
+            places=places,
+            images=len(every),
         )
 
     def _varied(self, placement: Placement, rng: random.Random) -> tuple[Placement, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -146,14 +146,27 @@ class StableDiffusion:
         return self.unet(latents, timesteps, text.states.to(self.dtype), return_dict=False)[0].float()
 
     @torch.no_grad()
-    def encode(self, pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    def encode(
+        self,
+        pixels: torch.Tensor,
+        generator: torch.Generator | None = None,
+        among: tuple[Sequence[int], int] | None = None,
+    ) -> torch.Tensor:
         """Scaled latents [B,4,H/8,W/8] in float32: one draw of the VAE's posterior.
 
+        `among`: at which places of how many images these stand, whose draws theirs are a part of.
         Not numbers where the VAE overflows in fp16, as SDXL's own does for some pictures.
         """
         pixels = pixels.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last)
         posterior = self.vae.encode(pixels).latent_dist
-        return posterior.sample(generator).float() * self.vae.config.scaling_factor
+        if among is None:
+            drawn = posterior.sample(generator)
+        else:
+            places, images = among
+            mean = posterior.mean
+            noise = torch.randn((images, *mean.shape[1:]), device=mean.device, dtype=mean.dtype)
+            drawn = mean + posterior.std * noise[list(places)]
+        return drawn.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

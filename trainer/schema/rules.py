@@ -71,6 +71,7 @@ def conflicts(config: Config) -> Iterator[Problem]:
             "needs Save training state (save_state), which is off, so there would be no state to go back to. Switch it "
             "on, or this off.",
         )
+    yield from _processes(config)
     yield from _optimizer(config)
     yield from _objective(config)
     yield from _family(config)
@@ -261,6 +262,30 @@ def _blocks(config: Config) -> Iterator[Problem]:
             f"by {network.conv_alpha / network.conv_rank:g}; usually it is at most the rank.",
             "warning",
         )
+
+
+def _processes(config: Config) -> Iterator[Problem]:
+    """What several processes cannot do yet, and GPUs that are not told right."""
+    count, ids = config.training.processes, config.training.gpus.replace(" ", "").split(",")
+    if config.training.gpus and not (all(one.isascii() and one.isdigit() for one in ids) and len(set(ids)) == len(ids)):
+        yield _problem(
+            "gpu_ids", f'"{config.training.gpus}" is not allowed; it must be numbers from 0, each once, like 0,2.'
+        )
+    elif config.training.gpus and len(ids) < count:
+        yield _problem(
+            "gpu_ids",
+            f"names {len(ids)} GPUs, and Number of processes (num_processes) is {count}. Name more, or lower that.",
+        )
+    for key, on in (
+        ("go_on_with_less_memory", config.training.goes_on_with_less),
+        ("go_back_on_nan", config.optim.goes_back),
+    ):
+        if on and count > 1:
+            yield _problem(
+                key,
+                f"works with one process, and Number of processes (num_processes) is {count}. Switch this off; a state "
+                "to go on from is kept all the same.",
+            )
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:

@@ -63,6 +63,27 @@ class Training(Group):
         ge=1,
         le=1024,
     )
+    processes: int = parameter(
+        "num_processes",
+        1,
+        "Number of processes",
+        Section.MACHINE,
+        """One for each GPU that is to take part, in all machines. Each holds the whole model and takes Train batch size
+        images of every step, so 2 processes at batch size 4 train like one at 8, and an epoch has half the steps: raise
+        the learning rate as with a larger batch. On a processor without GPUs it gains nothing.""",
+        ge=1,
+        le=1024,
+    )
+    gpus: str = parameter(
+        "gpu_ids",
+        "",
+        "GPU IDs",
+        Section.MACHINE,
+        """Which GPUs take part, by their numbers from 0: "1" or "0,2". At least as many as there are processes. Empty:
+        the first ones.""",
+        blank="the first ones",
+        placeholder="0,1",
+    )
     seed: int | None = parameter(
         "seed",
         None,
@@ -176,3 +197,8 @@ class Training(Group):
         kind="text",
         placeholder="--max_train_steps 500 --seed 7",
     )
+
+    @property
+    def batch_of_all(self) -> int:
+        """Images per batch over all processes."""
+        return self.batch_size * self.processes
