@@ -81,6 +81,7 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
     from starlette.middleware import Middleware
 
     from gui import page
+    from gui.desk import Desk
     from gui.files import Roots
     from gui.login import Login
     from gui.presets import Presets
@@ -94,7 +95,7 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
         if str(path) not in allowed:
             allowed.append(str(path))
 
-    desk = page.Desk(
+    desk = Desk(
         runs=Runs(runs, HERE, trainer),
         presets=Presets(HERE / "presets", runs / "presets"),
         roots=Roots(given.root or [Path.home(), HERE, Path.cwd(), runs]),

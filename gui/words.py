@@ -59,12 +59,13 @@ def in_markup(markup: str, words: Words) -> str:
 def english() -> list[str]:
     """All that the page says: its components, the markup in them, its scripts, and the help of parameters and tools."""
     from gui import form, login, page, tools, view
+    from gui.desk import Desk
     from gui.files import Roots
     from gui.presets import Presets
     from gui.runs import Runs
 
     nowhere = Runs(FOLDER, FOLDER, ())
-    desk = page.Desk(nowhere, Presets(FOLDER, FOLDER), Roots([]), allow=lambda path: None)
+    desk = Desk(nowhere, Presets(FOLDER, FOLDER), Roots([]), allow=lambda path: None)
     found = [*_of_scripts(page.script({}) + view.script({})), *login.SAID]
     found += [html.unescape(text.strip()) for text in _MARKED.findall(login.markup())]
     for component in page.build(desk).blocks.values():

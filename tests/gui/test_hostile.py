@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from starlette.exceptions import HTTPException
 
-from gui import page
 from gui.asking import SHAPES
+from gui.desk import Desk
 from gui.files import Roots
 from gui.presets import Presets
 from gui.runs import Runs
@@ -71,7 +71,7 @@ def place(tmp_path):
 @pytest.fixture
 def desk(place):
     allowed = []
-    desk = page.Desk(
+    desk = Desk(
         runs=Runs(place / "runs", place, NOTHING),
         presets=Presets(place / "shipped", place / "runs" / "presets"),
         roots=Roots([place / "inside"]),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from gui import page
+from gui.desk import Desk, outline
 from gui.files import Roots
 from gui.presets import Presets
 from gui.runs import Runs, exit_code
@@ -21,7 +22,7 @@ def desk(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "shipped").mkdir()
     allowed = []
-    made = page.Desk(
+    made = Desk(
         runs=Runs(tmp_path / "runs", ROOT, FAKE),
         presets=Presets(tmp_path / "shipped", tmp_path / "own"),
         roots=Roots([tmp_path]),
@@ -169,10 +170,8 @@ def test_the_outline_counts_in_plain_words():
         "total_steps": 20,
         "model": "SDXL, v-prediction",
     }
-    assert (
-        page.outline(summary) == "1 image · 1 bucket · 10 seen in an epoch · 2 epochs · 20 steps · SDXL, v-prediction"
-    )
-    assert page.outline({}) == ""
+    assert outline(summary) == "1 image · 1 bucket · 10 seen in an epoch · 2 epochs · 20 steps · SDXL, v-prediction"
+    assert outline({}) == ""
 
 
 def test_a_trial_is_measured_alone(desk):

@@ -4,6 +4,7 @@ import pytest
 
 from app import main
 from gui import page, words
+from gui.desk import Desk
 from gui.files import Roots
 from gui.presets import Presets
 from gui.runs import Runs
@@ -11,7 +12,7 @@ from gui.runs import Runs
 
 @pytest.fixture
 def desk(tmp_path):
-    return page.Desk(Runs(tmp_path, tmp_path, ()), Presets(tmp_path, tmp_path), Roots([tmp_path]), allow=print)
+    return Desk(Runs(tmp_path, tmp_path, ()), Presets(tmp_path, tmp_path), Roots([tmp_path]), allow=print)
 
 
 @pytest.mark.parametrize(
