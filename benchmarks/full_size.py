@@ -98,25 +98,28 @@ def make_images(folder: Path) -> Path:
 
 def ours(model: Path, images: Path, chosen: argparse.Namespace) -> dict[str, float]:
     run = chosen.work / f"run-{time.time_ns()}"
-    settings: dict[str, Any] = {
-        "pretrained_model_name_or_path": model,
-        "train_data_dir": images,
-        "caption_extension": ".txt",
-        "max_resolution": f"{chosen.side},{chosen.side}",
-        "bucket_no_upscale": False,
-        "min_bucket_reso": chosen.side // 2,
-        "max_bucket_reso": chosen.side * 2,
-        "mixed_precision": chosen.precision,
-        "optimizer": "AdamW",
-        "lr_scheduler": "constant",
-        "max_train_steps": chosen.steps,
-        "seed": 42,
-        "num_cpu_threads_per_process": os.cpu_count(),
-    }
+    settings = our_settings(model, images, chosen.side, chosen.precision) | {"max_train_steps": chosen.steps}
     began = time.time()
     memory, ended = train(settings, run)
     whole = time.time() - began
     return summary(began, [float(str(step["time"])) for step in ended if step["type"] == "step"], whole, memory)
+
+
+def our_settings(model: Path, images: Path, side: int, precision: str) -> dict[str, Any]:
+    return {
+        "pretrained_model_name_or_path": str(model),
+        "train_data_dir": str(images),
+        "caption_extension": ".txt",
+        "max_resolution": f"{side},{side}",
+        "bucket_no_upscale": False,
+        "min_bucket_reso": side // 2,
+        "max_bucket_reso": side * 2,
+        "mixed_precision": precision,
+        "optimizer": "AdamW",
+        "lr_scheduler": "constant",
+        "seed": 42,
+        "num_cpu_threads_per_process": os.cpu_count(),
+    }
 
 
 def train(settings: dict[str, Any], run: Path) -> tuple[float, list[dict[str, Any]]]:
@@ -133,19 +136,8 @@ def train(settings: dict[str, Any], run: Path) -> tuple[float, list[dict[str, An
 
 def theirs(model: Path, images: Path, chosen: argparse.Namespace) -> dict[str, float]:
     output = (chosen.work / "sd-scripts").resolve()
-    output.mkdir(exist_ok=True)
-    side = chosen.side
-    command = [
-        *(str(chosen.python), "-u", "train_network.py", "--network_module=networks.lora"),
-        *(f"--pretrained_model_name_or_path={model}", f"--train_data_dir={images}", "--caption_extension=.txt"),
-        *(f"--resolution={side},{side}", "--enable_bucket", f"--min_bucket_reso={side // 2}"),
-        *(f"--max_bucket_reso={side * 2}", "--network_dim=8", "--network_alpha=1", "--seed=42", "--cache_latents"),
-        *("--learning_rate=1e-4", "--unet_lr=1e-4", "--text_encoder_lr=5e-5", "--optimizer_type=AdamW", "--sdpa"),
-        *("--max_data_loader_n_workers=0", f"--max_train_steps={chosen.steps}", f"--output_dir={output}"),
-        *(f"--mixed_precision={chosen.precision}", "--save_precision=fp16", "--output_name=theirs"),
-    ]
-    if chosen.tokenizers:
-        command.append(f"--tokenizer_cache_dir={chosen.tokenizers}")
+    words = their_settings(model, images, output, chosen.side, chosen.precision, chosen.steps, chosen.tokenizers)
+    command = [str(chosen.python), "-u", "train_network.py", *words, "--network_dim=8", "--optimizer_type=AdamW"]
     log = chosen.work / "sd-scripts.log"
     began = time.time()
     memory = run_alone(command, chosen.sd_scripts, log)
@@ -157,6 +149,26 @@ def theirs(model: Path, images: Path, chosen: argparse.Namespace) -> dict[str, f
     last = max(means)
     training = means[last] * last
     return {"mean_step_s": means[last], "rest_s": whole - training, "whole_s": whole, "memory_gb": memory}
+
+
+def their_settings(
+    model: Path, images: Path, output: Path, side: int, precision: str, steps: int, tokenizers: Path | None
+) -> list[str]:
+    output.mkdir(exist_ok=True)
+    words = [
+        *(
+            "--network_module=networks.lora",
+            f"--pretrained_model_name_or_path={model}",
+            f"--train_data_dir={images}",
+            "--caption_extension=.txt",
+        ),
+        *(f"--resolution={side},{side}", "--enable_bucket", f"--min_bucket_reso={side // 2}"),
+        *(f"--max_bucket_reso={side * 2}", "--network_alpha=1", "--seed=42", "--cache_latents"),
+        *("--learning_rate=1e-4", "--unet_lr=1e-4", "--text_encoder_lr=5e-5", "--sdpa"),
+        *("--max_data_loader_n_workers=0", f"--max_train_steps={steps}", f"--output_dir={output}"),
+        *(f"--mixed_precision={precision}", "--save_precision=fp16", "--output_name=theirs"),
+    ]
+    return words + ([f"--tokenizer_cache_dir={tokenizers}"] if tokenizers else [])
 
 
 def run_alone(command: list[str], folder: Path, log: Path | None = None) -> float:
