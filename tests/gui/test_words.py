@@ -1,5 +1,7 @@
 """The page in another language."""
 
+import json
+
 import pytest
 
 from app import main
@@ -49,3 +51,8 @@ def test_the_scripts_bring_the_language_and_have_an_address_of_their_own():
 def test_a_language_that_is_not_there_is_refused_with_those_that_are(tmp_path, capsys):
     assert main(["--language", "klingon", "--runs", str(tmp_path)]) == 2
     assert "klingon" in (told := capsys.readouterr().err) and "english" in told
+
+
+def test_the_list_of_all_words_is_up_to_date():
+    listed = json.loads(words.ENGLISH.read_text(encoding="utf-8"))
+    assert list(listed) == words.english(), "python -m gui.words makes it anew"
