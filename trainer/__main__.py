@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     if known.command == "bench":
         from trainer.bench import report as measured
 
-        return measured(preset, known.steps, as_json=known.json)
+        return measured(preset, known.preset, known.steps, as_json=known.json)
     from trainer.start import train as start
 
     return start(preset, known.run)

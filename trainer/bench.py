@@ -72,8 +72,8 @@ class Benchmark:
         return self.rate / self.machine_rate
 
 
-def report(preset: kohya.Preset, steps: int, *, as_json: bool = False) -> int:
-    """Measure, and print the table. Returns the exit code."""
+def report(preset: kohya.Preset, path: Path, steps: int, *, as_json: bool = False) -> int:
+    """Measure a preset, read from `path`, and print the table. Returns the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         changed = {"output_dir": folder, "max_train_steps": WARM_UP + steps + 1, **WITHOUT}
         checked = problems(kohya.read(preset.values | changed))
@@ -85,7 +85,8 @@ def report(preset: kohya.Preset, steps: int, *, as_json: bool = False) -> int:
         except LorawrightError as error:
             print(error, file=sys.stderr)
             return EXIT_FAILED
-    print(json.dumps(asdict(found) | {"share": found.share}) if as_json else _table(found))
+    told = {"preset": str(path), **asdict(found), "share": found.share}
+    print(json.dumps(told) if as_json else _table(path, found))
     return EXIT_DONE
 
 
@@ -178,10 +179,11 @@ def _timed(batches: Iterator[Any], waits: list[float]) -> Iterator[Any]:
 
 
 def _operations() -> Any:
+    import torch
     from torch.ops import aten
     from torch.utils import flop_counter
 
-    # On a CPU attention has operators of its own, which the counter does not know.
+    # On a CPU attention and arranged convolutions have operators of their own, which the counter does not know.
     attention = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: (
             flop_counter.sdpa_flop_count(query, key, value)
@@ -190,7 +192,12 @@ def _operations() -> Any:
             flop_counter.sdpa_backward_flop_count(grad, query, key, value)
         ),
     }
-    return flop_counter.FlopCounterMode(display=False, custom_mapping=attention)
+    arranged = {}
+    if hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        arranged[torch.ops.mkldnn._convolution_pointwise] = lambda x, weight, *_, out_shape, **__: (
+            flop_counter.conv_flop_count(x, weight, out_shape)
+        )
+    return flop_counter.FlopCounterMode(display=False, custom_mapping=attention | arranged)
 
 
 def _await(device: torch.device) -> None:
@@ -210,8 +217,9 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _table(found: Benchmark) -> str:
+def _table(path: Path, found: Benchmark) -> str:
     rows = [
+        ("preset", str(path)),
         ("device, precision", f"{found.device}, {found.precision}"),
         (f"one step, median of {found.steps}", f"{found.median_step:.3f} s"),
         ("the slowest", f"{found.slowest_step:.3f} s"),
@@ -220,7 +228,8 @@ def _table(found: Benchmark) -> str:
         ("operations a step", f"{found.operations_per_step / 1e12:.3f} T"),
         (
             "reached",
-            f"{found.rate / 1e9:.0f} G/s, {found.share:.0%} of the machine's {found.machine_rate / 1e9:.0f} G/s",
+            f"{found.rate / 1e9:.0f} G operations/s: {found.share:.0%} of the {found.machine_rate / 1e9:.0f} G/s at which "
+            f"this machine multiplies matrices of {SIDE}×{SIDE}, the most that any step could reach",
         ),
         ("memory, at most", f"{found.memory / 2**30:.2f} GB"),
         *([("GPU memory, at most", f"{found.device_memory / 2**30:.2f} GB")] if found.device_memory else []),

@@ -86,7 +86,7 @@ class _Frozen(torch.autograd.Function):
         return ctx.layer.pulled_back(gradient, ctx.shape), None
 
 
-class _Compact:
+class Compact:
     """Mixed in before a layer's own class; `packed` is its weight."""
 
     packed: Callable[[], torch.Tensor]
@@ -100,7 +100,7 @@ class _Compact:
         return _Frozen.apply(x, self)  # type: ignore[no-any-return]
 
 
-class CompactLinear(_Compact, torch.nn.Linear):
+class CompactLinear(Compact, torch.nn.Linear):
     def answer(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
@@ -108,7 +108,7 @@ class CompactLinear(_Compact, torch.nn.Linear):
         return gradient @ self.weight
 
 
-class CompactConv(_Compact, torch.nn.Conv2d):
+class CompactConv(Compact, torch.nn.Conv2d):
     def answer(self, x: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(x, self.weight, self.bias)
 

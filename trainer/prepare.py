@@ -17,6 +17,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainer import metadata, models, networks, optim, state, trackers
+from trainer.arranged import arrange
 from trainer.compact import compact, give_back_memory
 from trainer.data import cache, folders, texts
 from trainer.data.buckets import Buckets, Placement
@@ -42,6 +43,8 @@ from trainer.schema.training import Training
 log = logging.getLogger(__name__)
 COMPUTE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Emit = Callable[[Event], None]
+USES_NO_WEIGHTS = {"Standard", "Kohya LoCon", "Kohya DyLoRA", "LoRA-FA"}
+"""The LoRA types that ask a frozen layer for its answer alone."""
 
 
 @dataclass
@@ -161,6 +164,8 @@ def prepare(
             encoder.to("meta")
     make_compact(model, training, with_text_encoders=not config.captions.cache_states)
     model.unet.to(device)
+    if device.type == "cpu" and config.network.type in USES_NO_WEIGHTS:
+        arrange(model.unet)
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
