@@ -91,16 +91,15 @@ def frozen_modules(session):
 
 @pytest.mark.proves("fp8_base", "fp8_base_unet", "base_weights")
 @pytest.mark.parametrize("name", SETTINGS)
-def test_training_on_a_compact_base_is_near_to_that_on_the_whole_one(settings, tmp_path, name):
+def test_training_on_a_compact_base_is_near_to_that_on_the_whole_one(settings, tmp_path, name, monkeypatch):
+    monkeypatch.setattr("trainer.prepare.arrange", lambda model: None)  # the whole one's weights are looked into
     settings |= {"mixed_precision": "bf16"}
     whole, session = (prepared(settings | change, tmp_path) for change in ({}, SETTINGS[name]))
     before, after = (bytes_of(s.model.unet) for s in (whole, session))
     assert after < {"fp8": 0.6, "int8": 0.6, "nf4": 0.4}[name.split()[0]] * before
     in_fp8 = any(isinstance(layer, CompactLinear) for layer in session.model.text_encoders["te"].modules())
     assert in_fp8 == (name == "fp8")
-    assert not any(
-        isinstance(layer, CompactConv) for layer in (session.model.unet.conv_in, session.model.unet.conv_out)
-    )
+    assert type(session.model.unet.conv_in) is type(session.model.unet.conv_out) is torch.nn.Conv2d
     loss, gradient = first_loss_and_gradients(session)
     assert loss == pytest.approx(first_loss_and_gradients(whole)[0], rel=0.05)
     # The whole model with the weights that are left: the same gradients, to bf16's rounding.
@@ -119,7 +118,6 @@ def bytes_of(module):
     total = 0
     for part in module.modules():
         tensors = [*part._parameters.values(), *part._buffers.values()]
-        tensors.append(vars(part).get("blocks"))
         packed = vars(part).get("packed")
         if packed is not None:
             held = vars(packed)
