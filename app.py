@@ -146,9 +146,9 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
         made = f' with the password "{password}", made for this start' if not given.password else ""
         address = shared or (given.root_path if root_host else local)
         print(f'Log in as "{given.username}"{made}.', flush=True)
-        if not given.share and not guard.is_loopback(given.listen):
-            print("From other machines: with this machine's name or address in place of localhost.", flush=True)
         print(f"To look on only, without a password: {str(address).rstrip('/')}/{view.path}", flush=True)
+        if not given.share and not guard.is_loopback(given.listen):
+            print("From other machines, both with this machine's name or address in place of localhost.", flush=True)
     taken_away = threading.Event()
     if given.go_on:
         signal.signal(signal.SIGTERM, lambda number, frame: taken_away.set())

@@ -78,6 +78,7 @@ class RunList {
 
   // Why an ended run cannot go on, and what to switch on so that the next one can.
   stranded(run) {
+    if (run.stranded && !run.step) return make("div", { class: "lw-facts" }, t`Nothing had been trained yet. Repeat starts it anew.`);
     if (run.stranded === "gone") return make("div", { class: "lw-facts" }, t`Cannot be resumed: its saved state is gone. Either it was deleted, or a later run went on from it.`);
     return run.stranded === "none" && make("div", { class: "lw-facts" }, t`Cannot be resumed: it saved no state. For the next run, switch on `,
       make("button", { class: "lw-link lw-small", type: "button", onclick: () => this.bar.form.focus("save_state") }, this.bar.form.label("save_state")), ".");

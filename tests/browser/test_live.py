@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import time
 
 import psutil
@@ -156,7 +157,10 @@ def test_a_crash_shows_its_cause_the_controls_that_help_and_the_whole_log(server
 
 def test_a_trainer_ended_by_the_system_is_told_in_plain_words(server, visit):
     page = visit(server)
-    start(page, "steps=10 killed")
+    start(page, "steps=5000")
+    wait_state(page, "running")
+    (run,) = [Run(folder) for folder in server.runs.glob("2*")]
+    os.kill(run.process().pid, signal.SIGKILL)
     wait_state(page, "crashed")
     page.wait_for_selector("#lw-crash >> text=memory ran out")
     page.reload()

@@ -79,13 +79,17 @@ class Parameter:
         if self.kind in ("integer", "number"):
             noun = "a whole number" if self.kind == "integer" else "a number"
             if self.above is not None:
-                noun += f" above {self.above:g}"
+                noun += f" above {_number(self.above)}"
             if self.minimum is not None and self.maximum is not None:
-                noun += f" from {self.minimum:g} to {self.maximum:g}"
+                noun += f" from {_number(self.minimum)} to {_number(self.maximum)}"
             elif self.minimum is not None:
-                noun += f", {self.minimum:g} or more"
+                noun += f", {_number(self.minimum)} or more"
             return noun + (f"; empty: {self.blank}" if self.blank else "")
         return "text"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
 
 
 def parameter(
