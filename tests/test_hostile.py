@@ -141,7 +141,13 @@ def test_events_that_no_trainer_wrote_are_passed_over(tmp_path_factory, written,
     answer = live.poll(runs, {"run": "", "follow": "", "events": 0, "log": 0})
     for found in (answer, View(runs).poll("", ""), runs.summary(run.folder.name)):
         json.dumps(found)
-    for found in (history.curve(run), history.last_samples(run), history.rest(run), history.newest_state(run)):
+    for found in (
+        history.curve(run),
+        history.samples(run),
+        history.outcome(run),
+        history.rest(run),
+        history.newest_state(run),
+    ):
         str(found)
     live.downloads(run, top)
     cause(run, next((event for event in events.last(run.events) if event["type"] == "failed"), None))

@@ -2,7 +2,7 @@
 
 PyTorch gives oneDNN plain weights, and oneDNN puts them into blocks of its own at each call, for the answer and for the
 gradient: with small pictures that takes several times as long as the convolution. Here it is done once. The numbers
-are the same, bit for bit, at the price of a second copy for the gradient.
+are the same but for rounding, at the price of a second copy for the gradient.
 """
 
 from __future__ import annotations

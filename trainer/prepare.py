@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -163,9 +163,7 @@ def prepare(
         for encoder in model.text_encoders.values():
             encoder.to("meta")
     make_compact(model, training, with_text_encoders=not config.captions.cache_states)
-    model.unet.to(device)
-    if device.type == "cpu" and config.network.type in USES_NO_WEIGHTS:
-        arrange(model.unet)
+    place_unet(model, device, [config.network.type])
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -319,6 +317,13 @@ def _choose_attention(model: Any, training: Training, device: torch.device) -> N
         except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             log.info("xformers is not used (%s). PyTorch's scaled-dot-product attention takes its place.", reason)
+
+
+def place_unet(model: Any, device: torch.device, lora_types: Iterable[str]) -> None:
+    """Move the U-Net to its device; on a CPU arrange it there, where no LoRA type on it reads its weights."""
+    model.unet.to(device)
+    if device.type == "cpu" and all(name in USES_NO_WEIGHTS for name in lora_types):
+        arrange(model.unet)
 
 
 def make_compact(model: Any, training: Training, *, with_text_encoders: bool) -> None:

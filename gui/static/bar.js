@@ -25,9 +25,9 @@ class Bar {
     byId(id).addEventListener("click", () => this.order(act));
   }
 
-  // While one order is under way, no other is taken; a failure is told, not lost.
+  // While one order is under way, no other is taken, and that is told; a failure is, too.
   async order(act) {
-    if (this.working) return;
+    if (this.working) return this.banner.show("info", t`One thing at a time: what was asked for before is still under way. Press again when it is done.`);
     this.working = true;
     document.body.classList.add("lw-working");
     try {

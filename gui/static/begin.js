@@ -16,7 +16,7 @@ async function begin(server) {
   new Finder(form);
   new Outlook(form, server);
   new DatasetTab(form, server, bar);
-  new DrawsPart(form, server, bar);
+  new DrawsPart(form, server);
   new UploadPart(form, server, bar);
   new RunList(server, live, bar);
   new Json(server, form, bar);

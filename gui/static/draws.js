@@ -1,15 +1,23 @@
 // What the trainer sees: reads of images as the training's own loader draws them.
 
 class DrawsPart {
-  constructor(form, server, bar) {
-    Object.assign(this, { form, server, bar, following: 0 });
+  constructor(form, server) {
+    Object.assign(this, { form, server, following: 0 });
     document.addEventListener("click", (event) => {
-      if (event.target.id === "lw-draws-first") bar.order(() => this.draw(0));
-      if (event.target.id === "lw-draws-next") bar.order(() => this.draw(this.following));
+      if (event.target.id === "lw-draws-first") this.draw(0);
+      if (event.target.id === "lw-draws-next") this.draw(this.following);
     });
   }
 
+  // It takes seconds, and keeps nobody from anything else.
   async draw(batch) {
+    if (this.drawing) return;
+    this.drawing = true;
+    await this.drawn(batch);
+    this.drawing = false;
+  }
+
+  async drawn(batch) {
     const told = byId("lw-draws-told"), list = byId("lw-draws");
     told.textContent = t`Drawing …`;
     let answer;

@@ -30,7 +30,7 @@ from trainer.models import families
 from trainer.networks import Network, blocks
 from trainer.paths import resolve
 from trainer.pictures import parameters, seed_and_size
-from trainer.prepare import accelerator_of, base_model, make_compact
+from trainer.prepare import accelerator_of, base_model, make_compact, place_unet
 from trainer.prompts import Prompt, parse
 from trainer.schema import Config
 from trainer.schema import read as config_of
@@ -94,7 +94,7 @@ def run(options: Grid, tell: Tell) -> Report:
     if config.captions.cache_states and not any("text_encoder" in file.about.parts for file in files):
         prompt_texts = texts.of_prompts(model, [text for prompt in prompts for text in prompt.texts])
     make_compact(model, config.training, with_text_encoders=not config.captions.cache_states)
-    model.unet.to(accelerator.device)
+    place_unet(model, accelerator.device, [file.preset["LoRA_type"] for file in files])
 
     done = fresh = 0
     for file, row in zip(files, names, strict=True):
