@@ -90,7 +90,8 @@ class Server:
         """Back to a form at its defaults; the server keeps no state of its own."""
         self.end_runs()
         for item in self.runs.iterdir():
-            shutil.rmtree(item, ignore_errors=True) if item.is_dir() else item.unlink()
+            # A draft that is just being written takes its temporary name away by itself.
+            shutil.rmtree(item, ignore_errors=True) if item.is_dir() else item.unlink(missing_ok=True)
         (self.runs / "draft.json").write_text("{}")
 
 
