@@ -186,9 +186,10 @@ class Desk:
 
     def start(self, ask: Ask) -> Answer:
         """Check, and start when nothing stands in the way: `run` is then in the answer."""
-        active = self.runs.active()
-        if active is not None:
-            return _busy(f"{active.folder.name} is still going on. Stop it first, or wait for its end.")
+        try:
+            self.runs.only_idle()  # before the check, which takes seconds
+        except BusyError as busy:
+            return _busy(str(busy))
         answer = self.check(ask)
         if any(problem["severity"] == "error" for problem in answer["problems"]):
             return answer

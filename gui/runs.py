@@ -111,8 +111,13 @@ class Runs:
         runs = (Run(self.folder / run_id) for run_id in self.ids())
         return next((run for run in runs if not run.exit.exists() and state(run) in ALIVE), None)
 
+    def only_idle(self) -> None:
+        """Raises BusyError while a run goes on."""
+        if active := self.active():
+            raise BusyError(f"{active.folder.name} is still going on. Stop it first, or wait for its end.")
+
     def trial(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
-        """The same, and under "trial" what three steps and a picture took where nothing is wrong.
+        """What `check` tells, and under "trial" what three steps and a picture took where nothing is wrong.
 
         Raises BusyError while a run goes on, beside which memory and time would be others.
         """
@@ -152,9 +157,7 @@ class Runs:
     def start(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Run:
         """Start a trainer of its own on these settings. Raises BusyError while another run goes on."""
         with self.alone():
-            active = self.active()
-            if active is not None:
-                raise BusyError(f"{active.folder.name} is still going on. Stop it first, or wait for its end.")
+            self.only_idle()
             run = self.folder_for(values, kept)
             self.launch(run, str(values.get("wandb_api_key") or ""))
         return run
@@ -179,9 +182,7 @@ class Runs:
             if active is None or process is None:
                 return
             process.terminate()
-            if active.folder in _waiters:  # who waits beside it would take the exit code away
-                _waiters[active.folder].join()
-            else:
+            if not _written_down(active, patience_s=None):
                 psutil.wait_procs([process])
 
     def folder_for(self, values: Mapping[str, Any], kept: Mapping[str, Any]) -> Run:
@@ -273,7 +274,7 @@ def _await_exit(run: Run, process: subprocess.Popen[bytes]) -> None:
             del _waiters[run.folder]
 
 
-def _written_down(run: Run, patience_s: float) -> bool:
+def _written_down(run: Run, patience_s: float | None) -> bool:
     """Wait until the exit of a run that this server started is in its folder. False for another server's run."""
     waiter = _waiters.get(run.folder)
     if waiter:
