@@ -130,7 +130,7 @@ def build(desk: Desk, words: Words = ENGLISH) -> gr.Blocks:
         )
         with gr.Row(elem_id="main"):
             with gr.Column(elem_id="form", scale=3):
-                gr.HTML('<p id="lw-outlook" class="lw-facts"></p>', apply_default_css=False)
+                gr.HTML(_markup("outlook"), apply_default_css=False)
                 _tabs(widgets)
             with gr.Column(elem_id="side", scale=2):
                 gr.HTML(_markup("live"), apply_default_css=False)
@@ -142,10 +142,10 @@ def build(desk: Desk, words: Words = ENGLISH) -> gr.Blocks:
 
 def _tabs(widgets: dict[str, gr.components.Component]) -> None:
     """The form's tabs, and those beside it; what they hold of the form goes into `widgets`."""
-    with gr.Tabs():
+    with gr.Tabs(overflow_behavior="wrap"):
         for tab in dict.fromkeys(section.tab for section in Section):
             if tab == PARAMETER_TABS[0]:
-                with gr.Tab("Parameters", elem_id="tab-parameters"), gr.Tabs():
+                with gr.Tab("Parameters", elem_id="tab-parameters"), gr.Tabs(overflow_behavior="wrap"):
                     for inner in PARAMETER_TABS:
                         with gr.Tab(inner, elem_id=form.tab_id(inner)):
                             widgets.update(form.widgets(inner))

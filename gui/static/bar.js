@@ -11,7 +11,10 @@ class Bar {
     this.on("lw-changed", () => this.tellChanged());
     this.on("lw-check", () => this.check());
     this.on("lw-start", () => this.start());
+    this.on("lw-try", () => this.trial());
     this.on("lw-queue", () => this.enqueue());
+    live.whenBusy = (busy) => this.offerTrial(busy);
+    this.offerTrial(false);
     form.resetting = (p) => this.order(() => this.resetOne(p));
     form.whenChanged.push(() => this.count());
     form.whenChanged.push(() => this.draftLater());
@@ -168,6 +171,13 @@ class Bar {
     const answer = await this.server.check({ entries: await this.form.read(), kept: this.form.kept });
     const ready = !answer.problems.some((p) => p.severity === "error");
     this.tell(answer, t`Ready to start. ${answer.outline}`, ready ? [[t`Measure memory and time`, () => this.order(() => this.trial())]] : []);
+  }
+
+  // Beside a run it would be measured with it, which the server refuses; who presses all the same is told so.
+  offerTrial(busy) {
+    byId("lw-try").setAttribute("aria-disabled", String(busy));
+    byId("lw-try").title = busy ? t`Not while a run is going on, which would be measured too.`
+      : t`Three steps and a picture for real: whether the memory suffices, and how long all will take.`;
   }
 
   // Three steps and a picture for real: whether the memory suffices, and how long all will take.

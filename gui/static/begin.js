@@ -10,6 +10,7 @@ async function begin(server) {
   form.attach();
   // What sticks below the bar must know how tall the bar is with its banner.
   new ResizeObserver(([bar]) => document.documentElement.style.setProperty("--lw-bar", `${bar.target.offsetHeight}px`)).observe(byId("bar"));
+  new ResizeObserver(([head]) => document.documentElement.style.setProperty("--lw-head", `${head.target.offsetHeight}px`)).observe(byId("lw-bar"));
   const banner = new Banner(byId("lw-banner"), form);
   const live = new Live(server, form);
   const bar = new Bar(form, banner, server, live);

@@ -129,7 +129,7 @@ class Form {
     const away = this.table.filter((p) => !this.applies(p) && !this.forced.has(p.key)).map(id);
     const differs = this.changed().map(id);
     const wrong = [...this.errors].map(([key, message]) =>
-      `#field-${key}{--lw-edge:var(--lw-red)}#field-${key}::after{content:${quoted(message)}}`);
+      `#field-${key}{--lw-field:var(--lw-red)}#field-${key}::after{content:${quoted(message)}}`);
     const remarks = [...this.remarks].filter(([key]) => !this.errors.has(key)).map(([key, text]) =>
       `#field-${key}::after{--lw-red:var(--lw-muted);content:${quoted(text)}}`);
     this.style.textContent = [
@@ -171,10 +171,8 @@ class Form {
     await this.press(said(tab));
   }
 
-  // A tab that does not fit stands in Gradio's overflow menu, as a button without a role or an id.
   async press(label) {
-    const button = await whenThere(() => [...document.querySelectorAll("#form [role=tab], #form .overflow-dropdown button")]
-      .find((tab) => tab.textContent.trim() === label));
+    const button = await whenThere(() => [...document.querySelectorAll("#form [role=tab]")].find((tab) => tab.textContent.trim() === label));
     if (button.getAttribute("aria-selected") !== "true") button.click();
   }
 

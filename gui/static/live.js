@@ -10,6 +10,7 @@ class Live {
     this.samples = new Samples();
     this.pinned = "";
     this.failures = 0;
+    this.whenBusy = () => {};
     this.controls();
     this.forget("");
     document.addEventListener("visibilitychange", () => { if (!document.hidden) this.soon(0); });
@@ -22,6 +23,7 @@ class Live {
     this.pinned = new URLSearchParams(location.hash.slice(1)).get("run") || "";
     for (const word of ["sample", "save", "stop"]) byId(`lw-${word}-now`).addEventListener("click", () => this.told(this.request(word)));
     byId("lw-kill").addEventListener("click", () => this.told(this.kill()));
+    for (const link of byId("lw-way").querySelectorAll("[data-tab]")) link.addEventListener("click", () => this.form.open(link.dataset.tab));
     byId("lw-jump").addEventListener("click", () => byId("live").scrollIntoView({ behavior: "smooth" }));
     byId("lw-latest").addEventListener("click", () => this.watch(""));
     byId("lw-log-file").addEventListener("click", (event) => { event.preventDefault(); this.told(this.download("log.txt")); });
@@ -82,10 +84,10 @@ class Live {
     this.warnings.push(...answer.warnings);
     this.chart.add(answer.points);
     if (this.samples.add(answer.samples)) this.chart.samples = this.samples.steps();
+    this.show();
     if (answer.points.length || answer.samples.length || !this.drawn) this.chart.draw();
     this.drawn = true;
     this.log?.add(answer.text);
-    this.show();
     if (answer.more || answer.log < answer.log_size && answer.text) return 0;
     if (document.hidden) return 5000;
     return ["starting", "running", "stopping"].includes(this.state) ? 1000 : 2000;
@@ -93,8 +95,9 @@ class Live {
 
   idle() {
     this.state = null;
+    byId("live").classList.add("lw-idle");
     this.pill("idle", t`no run yet`);
-    this.say(t`Press Start training, and watch it here.`);
+    this.say(t`Nothing has been trained yet. The way there:`);
     this.progress(0, 0);
     this.buttons();
     byId("lw-run").textContent = "";
@@ -111,6 +114,7 @@ class Live {
 
   show() {
     const { answer, state, step, phase } = this;
+    byId("live").classList.remove("lw-idle");
     const now = answer.now, total = step?.total || this.started?.total_steps || 0;
     const working = phase && phase.name !== "training" && (!step || phase.time >= step.time) ? phase : null;
     const doing = working ? working.name + (working.total ? ` ${working.done}/${working.total}` : "") : phase && !step ? t`first step` : "";
@@ -208,6 +212,7 @@ class Live {
     const busy = state === "starting" || state === "running";
     byId("lw-sample-now").disabled = byId("lw-save-now").disabled = state !== "running";
     byId("lw-stop-now").disabled = !busy;
+    this.whenBusy(busy || state === "stopping");
     byId("lw-latest").hidden = !this.pinned;
     byId("lw-kill").hidden = !(state === "stopping" && answer.stop_asked && answer.now - answer.stop_asked > KILL_AFTER_S);
     const waiting = answer?.waiting || [];

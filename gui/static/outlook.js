@@ -4,12 +4,13 @@ class Outlook {
   constructor(form, server) {
     Object.assign(this, { form, server, node: byId("lw-outlook") });
     form.whenChanged.push(() => this.later());
-    this.later();
   }
 
+  // At once when the form has just come, later while it is typed in.
   later() {
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.ask(), 700);
+    this.timer = setTimeout(() => this.ask(), this.asked ? 700 : 0);
+    this.asked = true;
   }
 
   async ask() {
@@ -42,7 +43,7 @@ class Outlook {
       parts.push(t`about ${duration(like.seconds * summary.total_steps)} of steps${like.memory ? t`, ${bytes(like.memory)} of memory` : ""}, by ${like.run}`);
     }
     if (errors) parts.push(errors === 1 ? t`one thing is still in the way` : t`${errors} things are still in the way`);
-    this.node.replaceChildren(make("b", {}, t`Will be trained: `), parts.join(" · ") || t`nothing yet`);
+    this.node.replaceChildren(make("b", {}, t`Will be trained:`), " ", parts.join(" · ") || t`nothing yet`);
   }
 }
 

@@ -61,6 +61,8 @@ def test_a_run_from_start_to_download_through_reload_and_a_second_tab(server, vi
     for part in ("epoch", "it/s", "ETA", "3.0\u00a0GB"):
         assert part in page.inner_text("#lw-figures")
     assert loss_is_drawn(page)
+    page.locator("#lw-try[aria-disabled=true][title*='while a run is going on']").dispatch_event("click")
+    page.wait_for_selector("#lw-banner >> text=is still going on, and would be measured too")
     page.get_by_role("button", name="Sample now").click()
     page.wait_for_selector("#lw-samples img >> nth=3")
     eventually(lambda: page.evaluate("[...document.querySelectorAll('#lw-samples img')].every(i => i.naturalWidth)"))

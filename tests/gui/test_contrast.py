@@ -1,4 +1,4 @@
-"""Words are told from what is behind them: WCAG 2.2's contrast of 4.5 in light and dark."""
+"""Words and the edges of fields are told from what is behind them: WCAG 2.2's contrast, in light and dark."""
 
 import re
 from pathlib import Path
@@ -62,3 +62,17 @@ def test_every_word_is_told_from_what_is_behind_it(scheme):
     for fixed in re.findall(r"lw-(?:primary|danger) \{ background: #(\w{6});", CSS):
         low["white", fixed] = contrast(channels("ffffff"), channels(fixed))
     assert {pair: round(value, 2) for pair, value in low.items() if value < 4.5} == {}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_edge_of_an_empty_field_is_told_from_what_is_around_and_in_it(scheme):
+    table = colours(":root") | (colours(".dark") if scheme == "dark" else {})
+    around = {ground: contrast(channels(table["field"]), channels(table[ground])) for ground in ("card", "page")}
+    assert min(around.values()) >= 3, around
+    fields = re.findall(r"([^{}]*)\{[^{}]*border(?:-color)?: (?:1px solid )?var\(--lw-(field|edge)\)", CSS)
+    edges = {
+        selector.split("*/")[-1].strip(): edge
+        for selector, edge in fields
+        if re.search(r"input|caption|textarea", selector)
+    }
+    assert len(edges) >= 4 and set(edges.values()) == {"field"}, edges

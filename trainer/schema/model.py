@@ -18,7 +18,7 @@ class Model(Group):
         trying things out. A LoRA works best on the model it was trained on, so pick the plain base
         model when the LoRA should fit many of its children.""",
         kind="model",
-        placeholder="empty = the embedded demo model",
+        placeholder="empty: the embedded demo model",
     )
     quick_pick: str = parameter(
         "model_list",
@@ -60,7 +60,7 @@ class Model(Group):
         """Another VAE, as a file or a diffusers folder, used to encode the images and to draw the
         samples. Empty: the one inside the base model, which is nearly always right.""",
         kind="model",
-        placeholder="empty = the base model's own",
+        placeholder="empty: the base model's own",
     )
     full_vae: bool = parameter(
         "sdxl_no_half_vae",
@@ -112,7 +112,7 @@ class Saving(Group):
         Section.TRAINED_MODEL,
         """The LoRA's title, kept in the file (modelspec.title) and shown by model managers. Empty: the file's
         name.""",
-        placeholder="empty = the file's name",
+        placeholder="empty: the file's name",
     )
     author: str = parameter(
         "metadata_author",
@@ -260,7 +260,7 @@ class Folders(Group):
         """Where the LoRA files go. Empty: a folder "output" inside the run's own folder, where
         nothing can be overwritten.""",
         kind="folder",
-        placeholder="empty = inside the run's folder",
+        placeholder="empty: inside the run's folder",
     )
     logging: str = parameter(
         "logging_dir",

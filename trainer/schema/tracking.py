@@ -34,7 +34,7 @@ class Tracking(Group):
         "WANDB run name",
         Section.LOGGING,
         """What this run is called at Weights & Biases. Empty: the model output name.""",
-        placeholder="empty = the model output name",
+        placeholder="empty: the model output name",
         when={"log_with": ONLINE},
     )
     project: str = parameter(
@@ -44,7 +44,7 @@ class Tracking(Group):
         Section.LOGGING,
         """The project that runs are collected under: at Weights & Biases, and as a folder of
         TensorBoard's. Empty: lorawright.""",
-        placeholder="empty = lorawright",
+        placeholder="empty: lorawright",
     )
     with_settings: bool = parameter(
         "log_config",
