@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.test_training import of_type
-from trainer import events, loop, pictures, sampling, state
+from trainer import events, pictures, sampling, saving, state
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run
 from trainer.schema import Config
 from trainer.start import explain
@@ -76,14 +76,14 @@ def test_an_image_that_vanishes_in_the_middle_is_named_and_what_was_saved_stays(
     own = shutil.copytree(settings["train_data_dir"], tmp_path / "own photographs")
     lost = own / "2_photo" / "chelsea.png"
     settings |= {"train_data_dir": str(own), "cache_latents": False, "max_data_loader_n_workers": workers}
-    real = loop.save
+    real = saving.save
 
     def save_then_lose(s, step, due):
         lost.unlink(missing_ok=True)
         return real(s, step, due)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "save", save_then_lose)
+        patch.setattr(saving, "save", save_then_lose)
         code, events, _ = train(settings | {"save_every_n_steps": 1, "epoch": 4})
     assert code == EXIT_FAILED
     failed = of_type(events, "failed")[-1]
@@ -123,8 +123,8 @@ def test_an_output_folder_that_is_read_only_is_refused_before_the_start(settings
 def test_a_disk_that_becomes_read_only_in_the_middle_is_told_with_the_path(
     settings, train, small_disk, read_only, monkeypatch
 ):
-    real = loop.prove
-    monkeypatch.setattr(loop, "prove", lambda *what: (real(*what), read_only()))
+    real = saving.prove
+    monkeypatch.setattr(saving, "prove", lambda *what: (real(*what), read_only()))
     code, stream, _ = train(settings | {"output_dir": str(small_disk), "save_every_n_steps": 1})
     assert code == EXIT_FAILED
     failed = of_type(stream, "failed")[-1]

@@ -144,6 +144,7 @@ class _Trying:
     def _steps_and_picture(self) -> tuple[float, float | None]:
         """Seconds of one step, and of one picture where the training draws any."""
         from trainer import loop, optim, sampling
+        from trainer.due import draws_samples
         from trainer.prepare import prepare
 
         session = prepare(self.config, self.run, self._heard, choose=self._heaviest)
@@ -156,7 +157,7 @@ class _Trying:
             float(loop.take_step(session, step, batches)[0])  # which waits for the device
             took.append(time.perf_counter() - began)
         picture = None
-        if loop.draws_samples(session):
+        if draws_samples(session):
             self._heard(Phase("drawing a picture"))
             resolution = self.config.data.resolution
             sizes = [(prompt.width or resolution[0], prompt.height or resolution[1]) for prompt in session.prompts]

@@ -1,0 +1,54 @@
+"""What is due after a step: files, states, pictures."""
+
+from __future__ import annotations
+
+from trainer import checkpoint
+from trainer.prepare import Session
+from trainer.retention import Due
+
+
+def files_due(s: Session, step: int, asked: set[str]) -> list[Due]:
+    """The files to write after a step."""
+    saving = s.config.saving
+    if not s.team.leads:
+        return []
+    if step == s.length.total_steps:
+        return [Due(checkpoint.file_name(saving.name))]
+    files = []
+    epoch = epoch_ended(s, step)
+    if epoch and divides(saving.every_n_epochs, epoch):
+        files.append(Due(checkpoint.file_name(saving.name, epoch=epoch), "epoch", epoch))
+    if divides(saving.every_n_steps, step):
+        files.append(Due(checkpoint.file_name(saving.name, step=step), "step", step))
+    elif asked & {"save", "stop"}:
+        files.append(Due(checkpoint.file_name(saving.name, step=step)))
+    return files
+
+
+def state_due(s: Session, step: int, asked: set[str]) -> bool:
+    """Whether a state is written beside a step's files."""
+    ends = step == s.length.total_steps or "stop" in asked
+    return s.config.saving.state or (s.config.saving.state_at_end and ends)
+
+
+def draws_samples(s: Session) -> bool:
+    """Whether pictures are drawn in this training without being asked for."""
+    return s.team.leads and bool(s.prompts) and bool(s.config.samples.every_n_steps or s.config.samples.every_n_epochs)
+
+
+def samples_due(s: Session, step: int, asked: set[str]) -> bool:
+    """Whether pictures are to be drawn after a step; a stop does not wait for them."""
+    settings, epoch = s.config.samples, epoch_ended(s, step)
+    due = divides(settings.every_n_steps, step) or (epoch and divides(settings.every_n_epochs, epoch))
+    return s.team.leads and bool(s.prompts) and "stop" not in asked and bool(due or "sample" in asked)
+
+
+def epoch_ended(s: Session, step: int) -> int:
+    """The epoch that a step completed, counted from 1; 0 if none."""
+    done = s.length.epochs_done(step)
+    return done if done > s.length.epochs_done(step - 1) else 0
+
+
+def divides(every: int, number: int) -> bool:
+    """Whether something that is due every so often (0: never) is due now."""
+    return every > 0 and number % every == 0
