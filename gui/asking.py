@@ -62,6 +62,7 @@ SHAPES: dict[str, Shape] = {
     "tool_start": {"tool": str, "entries": Entries},
     "tool_stop": {},
     "tool_poll": {"offset": int},
+    "captioner": {"path": str},
 }
 """By the function's name what must be there; with "?" what may. What else is asked for with it is the function's to look at."""
 

@@ -374,7 +374,14 @@ class Desk:
         return {"done": True}
 
     def poll_tool(self, ask: Ask) -> Answer:
-        return self.tools.poll(int(ask["offset"]))
+        answer = self.tools.poll(int(ask["offset"]))
+        if answer.get("picture"):
+            self.allow(Path(answer["picture"]))
+        return answer
+
+    def captioner(self, ask: Ask) -> Answer:
+        """What kind of captioning model a folder holds."""
+        return dict(self.tools.captioning(ask["path"]))
 
     def _downloads(self, run: Run | None) -> dict[str, Path]:
         return live.downloads(run, self.runs.root, self.roots.folders) if run else {}
@@ -421,6 +428,7 @@ class Desk:
             "tool_start": self.start_tool,
             "tool_stop": self.stop_tool,
             "tool_poll": self.poll_tool,
+            "captioner": self.captioner,
         }
         return [asked(name, function) for name, function in offered.items()]
 

@@ -7,7 +7,7 @@ links first. Where it must lie:
 - a thumbnail: in an image folder that the form names. The form may name folders and models anywhere, as a
   training reads them with the rights of who started the page; shown of them are names, captions, small pictures;
 - what the browser fetches: a run's samples in its folder, its log and settings, and the LoRA files that it saved
-  there or in its output folder.
+  there or in its output folder; a picture that a tool drew inside the roots.
 
 Presets and runs are asked for by name, which holds no path.
 """

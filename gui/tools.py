@@ -29,6 +29,7 @@ MOST_LORAS = 200
 DOCTOR = {
     "name": "doctor",
     "label": "Check this machine",
+    "group": "This machine",
     "summary": "Try out whether this machine and this installation can train: versions, graphics card, libraries, room, "
     "and a short training of the model that comes along. Takes about a minute.",
     "inputs": (),
@@ -121,7 +122,26 @@ class Tools:
             stopped = runs.exit_code(self.job) == EXIT_STOPPED
             answer["state"] = "stopped" if stopped else "failed"
             answer["failed"] = {"message": f"{cause.title}. {cause.message}", "hint": cause.hint}
+        answer["picture"] = self._picture(answer.get("report", {}).get("report", {}).get("path", ""))
         return answer
+
+    def _picture(self, path: str) -> str:
+        """The path again where a tool has drawn a picture there, which the page shows; else ""."""
+        found = self.runs.root / path
+        drawn = path.endswith(".png") and self.roots.holds(found) and found.is_file()
+        return str(found) if drawn else ""
+
+    def captioning(self, text: str) -> dict[str, str]:
+        """What kind of captioning model a folder holds, or in `told` why none can be used; "" for no folder."""
+        from trainer.tools.captioning import kind_of  # late: it imports what works on images
+
+        try:
+            folder = self.runs.root / resolve(text.strip())
+            if not text.strip() or not self.roots.holds(folder):
+                return {"kind": "", "told": ""}
+            return {"kind": kind_of(folder), "told": ""}
+        except LorawrightError as error:
+            return {"kind": "", "told": str(error)}
 
     def _inside(self, tool: Tool, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
         """The values with whole paths, and a problem for each path that leads outside the allowed folders."""
@@ -148,7 +168,8 @@ class Tools:
 
 def _form(tool: Tool) -> dict[str, Any]:
     fields = [_field(p) for p in tool.parameters.values() if p.key != BACKUPS]
-    return {"name": tool.name, "label": tool.label, "summary": tool.summary, "inputs": tool.inputs, "fields": fields}
+    named = ("name", "label", "group", "summary", "inputs")
+    return {**{name: getattr(tool, name) for name in named}, "fields": fields}
 
 
 def _field(p: Parameter) -> dict[str, Any]:

@@ -75,7 +75,10 @@ def english() -> list[str]:
     offered = tools.Tools(nowhere, desk.roots).offer()["tools"]
     rows = [*form.table(), *offered, *(field for tool in offered for field in tool["fields"])]
     found += [
-        row[name] for row in rows for name in ("label", "help", "allowed", "summary", "tab", "section") if name in row
+        row[name]
+        for row in rows
+        for name in ("label", "help", "allowed", "summary", "tab", "section", "group")
+        if name in row
     ]
     return sorted({sentence for sentence in found if re.search(r"[^\W\d_]{2}", sentence)})
 

@@ -23,20 +23,33 @@ class Tools {
       byId("lw-tool-summary").textContent = error.message;
       return;
     }
-    byId("lw-tool-names").replaceChildren(...[...this.tools.values()].map((tool) => make("button", {
-      type: "button", role: "tab", id: `lw-tool-${tool.name}`, "aria-controls": "lw-tool", onclick: () => this.choose(tool.name) }, tool.label)));
-    byId("lw-tool-names").addEventListener("keydown", (event) => this.turn(event));
+    this.list();
     byId("lw-tool-form").addEventListener("submit", (event) => { event.preventDefault(); this.bar.order(() => this.run()); });
     byId("lw-tool-stop").addEventListener("click", () => this.bar.order(() => this.server.tool_stop({})));
     this.choose(localStorage.getItem("lorawright.tool") || "inspect");
     await this.poll(true);
   }
 
+  // By what they work on: as a list, and on a phone as a select.
+  list() {
+    const all = [...this.tools.values()];
+    const groups = [...new Set(all.map((tool) => tool.group))].map((group) => [group, all.filter((tool) => tool.group === group)]);
+    byId("lw-tool-names").replaceChildren(...groups.flatMap(([group, tools]) => [
+      make("span", { class: "lw-tool-group", role: "presentation" }, group),
+      ...tools.map((tool) => make("button", { type: "button", role: "tab", id: `lw-tool-${tool.name}`, "aria-controls": "lw-tool",
+        onclick: () => this.choose(tool.name) }, tool.label))]));
+    byId("lw-tool-names").addEventListener("keydown", (event) => this.turn(event));
+    byId("lw-tool-pick").replaceChildren(...groups.map(([label, tools]) =>
+      make("optgroup", { label }, ...tools.map((tool) => make("option", { value: tool.name }, tool.label)))));
+    byId("lw-tool-pick").addEventListener("change", (event) => this.choose(event.target.value));
+    this.order = groups.flatMap(([, tools]) => tools.map((tool) => tool.name));
+  }
+
   turn(event) {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (!step) return;
     event.preventDefault();
-    const names = [...this.tools.keys()];
+    const names = this.order;
     const next = names[(names.indexOf(this.tool.name) + step + names.length) % names.length];
     this.choose(next);
     byId(`lw-tool-${next}`).focus();
@@ -45,15 +58,18 @@ class Tools {
   choose(name) {
     this.tool = this.tools.get(name) || this.tools.get("inspect");
     localStorage.setItem("lorawright.tool", this.tool.name);
-    for (const tab of byId("lw-tool-names").children) {
+    byId("lw-tool-pick").value = this.tool.name;
+    for (const tab of byId("lw-tool-names").querySelectorAll("[role=tab]")) {
       const chosen = tab.id === `lw-tool-${this.tool.name}`;
       tab.setAttribute("aria-selected", String(chosen));
       tab.tabIndex = chosen ? 0 : -1;
     }
     byId("lw-tool").setAttribute("aria-labelledby", `lw-tool-${this.tool.name}`);
     byId("lw-tool-summary").textContent = this.tool.summary;
+    if (this.tool.name === "caption") this.ofTheForm();
     this.draw();
     this.tell();
+    if (this.tool.name === "caption") this.findOut();
   }
 
   get values() { return this.entries[this.tool.name]; }
@@ -81,6 +97,25 @@ class Tools {
   set(key, value) {
     this.values[key] = value;
     if (key === "output") this.typed[this.tool.name] = value.trim() !== "";
+    this.fit();
+    if (key === "model" && this.tool.name === "caption") this.findOut();
+  }
+
+  // The images to caption are most often those that will be trained on.
+  ofTheForm() {
+    const { train_data_dir: folder, caption_extension: ending } = this.form.entries;
+    if (this.values.folder || !folder || folder.startsWith("embedded:")) return;
+    this.values.folder = folder;
+    if (this.tool.fields.find((p) => p.key === "extension").choices.includes(ending)) this.values.extension = ending;
+  }
+
+  // What can be set follows from the kind of captioning model that the folder holds.
+  async findOut() {
+    const { values } = this, path = values.model;
+    const { kind, told } = path.trim() ? await this.server.captioner({ path }).catch((error) => ({ kind: "", told: error.message })) : { kind: "", told: "" };
+    if (path !== values.model || values !== this.values) return; // typed on, or another tool was chosen
+    values.model_kind = kind;
+    byId("lw-about-model").textContent = kind || told || t`What else can be set follows from the kind of model.`;
     this.fit();
   }
 
@@ -111,7 +146,8 @@ class Tools {
     const open = () => this.form.explain(p, help), close = () => { this.form.tip.hidden = true; };
     for (const [name, act] of Object.entries({ mouseenter: open, focus: open, click: open, mouseleave: close, blur: close })) help.addEventListener(name, act);
     return make("div", { class: `lw-option lw-option-${p.kind}`, id: `lw-option-${p.key}` },
-      make("label", { htmlFor: id }, p.label), help, ...controls, make("p", { class: "lw-wrong", id: `lw-wrong-${p.key}` }));
+      make("label", { htmlFor: id }, p.label), help, ...controls,
+      make("p", { class: "lw-facts", id: `lw-about-${p.key}` }), make("p", { class: "lw-wrong", id: `lw-wrong-${p.key}` }));
   }
 
   withBrowse(p, control, take) {
@@ -195,6 +231,7 @@ class Tools {
     this.job = { ...before, ...answer, findings: [...(before.findings || []), ...(answer.findings || [])] };
     if (once && answer.state === "running") this.choose(answer.tool);
     this.tell();
+    if (!once && answer.state !== "running") byId("lw-tool-result").scrollIntoView({ block: "nearest", behavior: "smooth" });
     if (answer.state === "running") this.timer = setTimeout(() => this.poll(), 500);
   }
 
@@ -215,7 +252,7 @@ class Tools {
       phase.textContent = running ? t`${this.tools.get(this.job.tool).label} is running.` : "";
     }
     const found = job?.findings?.length ? [this.findings(job.findings)] : [];
-    this.show(!job || running ? found : job.state === "done" ? [...found, ...this.report(job.report.report)]
+    this.show(!job || running ? found : job.state === "done" ? [...found, ...this.report(job.report.report, job.picture)]
       : [...found, make("p", { class: job.state === "failed" ? "lw-wrong" : "" }, `${job.failed.message} ${job.failed.hint}`)]);
   }
 
@@ -231,7 +268,7 @@ class Tools {
 
   show(nodes) { byId("lw-tool-result").replaceChildren(...nodes); }
 
-  report(report) {
+  report(report, picture) {
     const again = report.preset && make("button", { class: "lw-button", type: "button",
       onclick: () => this.bar.order(async () => this.bar.take(await this.server.parse({ text: JSON.stringify(report.preset) }), t`The form holds what this LoRA says it was trained with.`)) },
     t`Train again from this LoRA`);
@@ -239,6 +276,9 @@ class Tools {
       make("table", { class: "lw-table" },
         make("thead", {}, make("tr", {}, ...report.columns.map((name) => make("th", { scope: "col" }, name)))),
         make("tbody", {}, ...report.rows.map((row) => make("tr", {}, ...row.map((cell) => make("td", {}, cell)))))));
-    return [...report.lines.map((line) => make("p", {}, line)), ...report.warnings.map((line) => make("p", { class: "lw-note" }, line)), again, table].filter(Boolean);
+    const drawn = picture && make("button", { class: "lw-picture lw-drawing", type: "button", "aria-label": t`Show the picture large`,
+      onclick: () => enlarged(this.tool.label, [fileAddress(picture), this.tool.label, ""], () => null) },
+    make("img", { src: `${fileAddress(picture)}?${this.offset}`, alt: this.tool.label }));
+    return [...report.lines.map((line) => make("p", {}, line)), ...report.warnings.map((line) => make("p", { class: "lw-note" }, line)), again, drawn, table].filter(Boolean);
   }
 }

@@ -12,6 +12,6 @@ const counted = (count, noun, several = `${noun}s`) => said(`{0} ${count === 1 ?
 
 // A parameter's or a tool's row with its words in the page's language.
 function translated(row) {
-  const words = ["label", "help", "allowed", "summary"].filter((name) => row[name]);
+  const words = ["label", "help", "allowed", "summary", "group"].filter((name) => row[name]);
   return { ...row, ...Object.fromEntries(words.map((name) => [name, said(row[name])])) };
 }

@@ -11,7 +11,7 @@ def open_tools(page):
         "() => [...document.querySelectorAll('#form [role=tab], #form .overflow-dropdown button')]"
         ".find((tab) => tab.textContent.trim() === 'Tools').click()"
     )
-    page.wait_for_selector("#lw-tool-inspect")
+    page.wait_for_selector("#lw-tool-inspect", state="attached")
 
 
 def ran(page):
@@ -45,7 +45,10 @@ def test_a_lora_is_inspected_and_fills_the_form(server, visit, lora):
 def test_a_resize_names_its_output_reports_and_is_found_again(server, visit, lora, width):
     page = visit(server, width=width)
     open_tools(page)
-    page.get_by_role("tab", name="Resize").click()
+    if width < 640:
+        page.get_by_label("Tool", exact=True).select_option("Resize")
+    else:
+        page.get_by_role("tab", name="Resize").click()
     page.get_by_label("LoRA", exact=True).fill(str(lora))
     page.get_by_label("Rank", exact=True).fill("2")
     out = lora.with_name("style-resized.safetensors")
@@ -77,6 +80,14 @@ def test_what_cannot_work_is_told_at_its_field_and_nothing_is_started(server, vi
     page.get_by_role("button", name="Run", exact=True).click()
     page.wait_for_selector("#lw-wrong-rank >> text=a whole number")
     assert not (server.runs / "tools" / "pid").exists()
+    model = lora.with_name("captioner")
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "florence2"}')
+    page.get_by_role("tab", name="Caption images").click()
+    assert not page.get_by_label("Detail", exact=True).is_visible()
+    page.get_by_label("Captioning model", exact=True).fill(str(model))
+    page.get_by_label("Detail", exact=True).wait_for()
+    assert not page.get_by_label("Threshold", exact=True).is_visible()
 
 
 def test_this_machine_is_checked_from_the_page(server, visit):

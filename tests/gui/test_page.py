@@ -153,6 +153,20 @@ def test_only_samples_and_asked_for_files_may_be_fetched(desk):
     assert desk.download({"run": "../x", "name": "log.txt"}) == {"path": None}
 
 
+def test_the_picture_that_a_tool_drew_may_be_fetched_and_no_other_file(desk, tmp_path):
+    desk.tools.job.folder.mkdir(parents=True)
+    desk.tools.job.config.write_text('{"tool": "grid", "entries": {}}')
+    outside = tmp_path.parent / f"{tmp_path.name}-outside.png"
+    for path in (tmp_path / "sheet.png", tmp_path / "style.safetensors", outside):
+        path.write_bytes(b"")
+        desk.tools.job.events.write_text(
+            json.dumps({"type": "report", "time": 0, "report": {"path": str(path)}}) + "\n"
+        )
+        shown = desk.poll_tool({"offset": 0})["picture"]
+        assert bool(shown) == (path.name == "sheet.png")
+    assert desk.allowed == [tmp_path / "sheet.png"]
+
+
 def test_requests_that_are_none_are_not_written(desk):
     run = desk.start({"entries": entries(desk, training_comment="steps=2"), "kept": {}})["run"]
     desk.control({"run": run, "word": "rm -rf"})

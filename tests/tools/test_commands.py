@@ -117,6 +117,18 @@ def test_relative_paths_count_from_where_the_trainer_works(tools, tmp_path, monk
     assert tools.start("inspect", entries("a.safetensors")) == []
 
 
+def test_the_folder_says_which_captioning_model_it_holds_and_outside_of_the_roots_nothing(tools, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert "no config.json" in tools.captioning(str(folder))["told"]
+    (folder / "config.json").write_text('{"model_type": "florence2"}')
+    assert tools.captioning("model") == {"kind": "Florence-2", "told": ""}
+    kinds = {kind for field in TOOLS["caption"].parameters.values() for kind in field.when.get("model_kind", ())}
+    (folder / "config.json").rename(folder / "model.onnx")
+    assert kinds == {"Florence-2", "BLIP", tools.captioning(f" {folder} ")["kind"]}
+    assert tools.captioning("/etc") == tools.captioning("") == {"kind": "", "told": ""}
+
+
 def test_loras_of_runs_are_offered_before_those_of_models(tools, tmp_path):
     output = tmp_path / "runs" / "20260101-000000-x" / "output"
     output.mkdir(parents=True)

@@ -14,14 +14,16 @@ from PIL import Image
 
 from trainer.errors import ModelError
 from trainer.paths import absent, resolve, shown
-from trainer.tools.commands import Caption
+from trainer.tools.commands import BLIP, FLORENCE, TAGGER, Caption
 
 Captioner = Callable[[Sequence[Image.Image]], list[str]]
 """RGB images → a caption for each."""
 
 TASKS = {"short": "<CAPTION>", "detailed": "<DETAILED_CAPTION>", "long": "<MORE_DETAILED_CAPTION>"}
+KINDS = {"blip": BLIP, "florence2": FLORENCE}
+"""By the type that a config.json names."""
 BEAMS = 3
-TAGGER, TAGS = "model.onnx", "selected_tags.csv"
+ONNX, TAGS = "model.onnx", "selected_tags.csv"
 GENERAL, CHARACTER = "0", "4"
 """Categories in a WD14 tagger's list of tags; what rates a picture has another."""
 
@@ -29,26 +31,33 @@ SHORTEST_WITH_BLANKS = 4
 """Shorter tags with underscores are faces, like ^_^."""
 
 
-def load(options: Caption) -> Captioner:
-    """The model in the folder. Raises ModelError for one that is not known, or damaged, or needs a missing package."""
-    folder = resolve(options.model)
-    if (folder / TAGGER).is_file() or (folder / TAGS).is_file():
-        return tagger(folder, options.threshold, options.character_threshold)
+def kind_of(folder: Path) -> str:
+    """BLIP, FLORENCE or TAGGER, by the folder's own files. Raises ModelError where it is none that can be used."""
+    if (folder / ONNX).is_file() or (folder / TAGS).is_file():
+        return TAGGER
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config.get("model_type", "")
     except (OSError, ValueError, AttributeError) as error:
         raise _unknown(folder, "it holds no config.json that can be read") from error
-    makers = {"blip": blip, "florence2": florence}
-    if kind not in makers:
+    if kind not in KINDS:
         raise _unknown(folder, f'its config.json names the type "{kind}"')
     if "auto_map" in config:
         raise ModelError(
             f'"{shown(folder)}" is a Florence-2 in its first layout, which needs program code out of its folder.',
             "Such code is never run here. Use the same model in transformers' own layout (florence-community/Florence-2-…).",
         )
+    return KINDS[kind]
+
+
+def load(options: Caption) -> Captioner:
+    """The model in the folder. Raises ModelError for one that is not known, or damaged, or needs a missing package."""
+    folder = resolve(options.model)
+    kind = kind_of(folder)
+    if kind == TAGGER:
+        return tagger(folder, options.threshold, options.character_threshold)
     try:
-        return makers[kind](folder, options)
+        return (blip if kind == BLIP else florence)(folder, options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(
             f'The captioning model in "{shown(folder)}" cannot be loaded: {str(error).splitlines()[0]}',
@@ -59,7 +68,7 @@ def load(options: Caption) -> Captioner:
 def _unknown(folder: Path, why: str) -> ModelError:
     if not folder.is_dir():
         return ModelError(absent(str(folder), "folder"))
-    known = f"BLIP and Florence-2 in transformers' layout, and WD14 taggers ({TAGGER} and {TAGS})"
+    known = f"BLIP and Florence-2 in transformers' layout, and WD14 taggers ({ONNX} and {TAGS})"
     return ModelError(f'No captioning model is known in "{shown(folder)}": {why}.', f"Known are {known}.")
 
 
@@ -125,10 +134,10 @@ def tagger(folder: Path, threshold: float, character_threshold: float) -> Captio
 
     tags = _tags(folder / TAGS)
     try:
-        session = onnxruntime.InferenceSession(str(folder / TAGGER), providers=onnxruntime.get_available_providers())
+        session = onnxruntime.InferenceSession(str(folder / ONNX), providers=onnxruntime.get_available_providers())
     except Exception as error:  # its own classes, of several kinds
         raise ModelError(
-            f'"{shown(folder / TAGGER)}" cannot be loaded: {str(error).splitlines()[0]}', "Download it anew."
+            f'"{shown(folder / ONNX)}" cannot be loaded: {str(error).splitlines()[0]}', "Download it anew."
         ) from error
     (given,) = session.get_inputs()
     side = given.shape[1] if isinstance(given.shape[1], int) else 448

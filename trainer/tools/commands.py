@@ -25,8 +25,12 @@ from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from trainer.schema.declare import Group, Parameter, describe, parameter
 from trainer.tools import Report
 
+LORA_FILES, CHECKPOINTS, IMAGES = "LoRA files", "Checkpoints", "Images"
 SAME = "same"
 MOST_STRENGTH = 10
+MODEL_KIND = "model_kind"
+"""In an option's `when`: what the folder of a captioning model holds, of these kinds."""
+BLIP, FLORENCE, TAGGER = "BLIP", "Florence-2", "WD14 tagger"
 Precision = Literal["same", "fp16", "bf16", "float"]
 
 option = partial(parameter, section=None)  # a tool's form has no sections
@@ -263,6 +267,8 @@ class Grid(Group):
 
 
 class Caption(Group):
+    """The page shows what the kind of model has, which it finds out from the folder (captioning.kind_of)."""
+
     model: str = option(
         "model", "", "Captioning model", kind="folder",
         help="A folder with a BLIP or Florence-2 model in transformers' layout, or with a WD14 tagger "
@@ -286,18 +292,19 @@ class Caption(Group):
         "prefix", "", "Text before", help='Put before every new caption, for instance a trigger word: "zwx,".'
     )
     detail: Literal["short", "detailed", "long"] = option(
-        "detail", "detailed", "Detail", help="How much Florence-2 tells. BLIP tells one short sentence."
-    )
+        "detail", "detailed", "Detail", when={MODEL_KIND: (FLORENCE,)},
+        help="How much Florence-2 tells. BLIP tells one short sentence.",
+    )  # fmt: skip
     max_tokens: int = option(
-        "max_tokens", 75, "Max tokens", ge=1, le=1024,
+        "max_tokens", 75, "Max tokens", ge=1, le=1024, when={MODEL_KIND: (BLIP, FLORENCE)},
         help="The longest that a sentence may become. 75 is what a training reads without more chunks.",
     )  # fmt: skip
     threshold: float = option(
-        "threshold", 0.35, "Threshold", ge=0, le=1,
+        "threshold", 0.35, "Threshold", ge=0, le=1, when={MODEL_KIND: (TAGGER,)},
         help="A tagger's tags count from this probability on. Lower gives more tags, and more wrong ones.",
     )  # fmt: skip
     character_threshold: float = option(
-        "character_threshold", 0.85, "Threshold for characters", ge=0, le=1,
+        "character_threshold", 0.85, "Threshold for characters", ge=0, le=1, when={MODEL_KIND: (TAGGER,)},
         help="The same for the names of characters, which are guessed wrong more often.",
     )  # fmt: skip
     batch_size: int = option(
@@ -312,11 +319,12 @@ class Caption(Group):
 class Tool:
     """`inputs`: the options that must be given; on the command line they stand without a name.
 
-    `stopped`: what is told when it is stopped.
+    `group`: what it works on, under which the page lists it. `stopped`: what is told when it is stopped.
     """
 
     name: str
     label: str
+    group: str
     summary: str
     example: str
     options: type[Group]
@@ -382,6 +390,7 @@ TOOLS: Mapping[str, Tool] = {
         Tool(
             "inspect",
             "Inspect",
+            LORA_FILES,
             "Tell what a LoRA file was trained on and with, and what of it would be needed to train again.",
             "inspect style.safetensors",
             Read,
@@ -390,6 +399,7 @@ TOOLS: Mapping[str, Tool] = {
         Tool(
             "verify",
             "Verify",
+            LORA_FILES,
             "Prove a LoRA file: its numbers, its names against those that other programs know, its metadata.",
             "verify style.safetensors",
             Read,
@@ -398,6 +408,7 @@ TOOLS: Mapping[str, Tool] = {
         Tool(
             "merge",
             "Merge into a checkpoint",
+            CHECKPOINTS,
             "Add LoRAs of any type to a base model and write it as a new checkpoint that needs no LoRA.",
             "merge base.safetensors style.safetensors --strengths 0.8 --output styled.safetensors",
             Merge,
@@ -406,6 +417,7 @@ TOOLS: Mapping[str, Tool] = {
         Tool(
             "merge-loras",
             "Merge LoRAs",
+            LORA_FILES,
             "Make one LoRA of several: exactly, their ranks added up, or the best of a smaller rank (SVD).",
             "merge-loras style.safetensors face.safetensors --strengths 1 0.5 --rank 16 --output both.safetensors",
             MergeLoras,
@@ -414,6 +426,7 @@ TOOLS: Mapping[str, Tool] = {
         Tool(
             "resize",
             "Resize",
+            LORA_FILES,
             "Make a LoRA smaller: to a rank, or layer by layer by what its singular values are worth.",
             "resize style.safetensors --rank 32 --method sv_fro --share 0.9 --output smaller.safetensors",
             Resize,
@@ -422,6 +435,7 @@ TOOLS: Mapping[str, Tool] = {
         Tool(
             "extract",
             "Extract",
+            CHECKPOINTS,
             "Make a LoRA of the difference between two checkpoints of one family.",
             "extract base.safetensors tuned.safetensors --rank 32 --output difference.safetensors",
             Extract,
@@ -430,6 +444,7 @@ TOOLS: Mapping[str, Tool] = {
         Tool(
             "convert",
             "Convert",
+            LORA_FILES,
             "Write a LoRA under another program's tensor names; its numbers stay the same.",
             "convert style.safetensors --names diffusers --output style-diffusers.safetensors",
             Convert,
@@ -438,6 +453,7 @@ TOOLS: Mapping[str, Tool] = {
         Tool(
             "grid",
             "Choose a checkpoint",
+            LORA_FILES,
             "Draw the same prompts with every file at every strength, from the same seeds, to choose by.",
             "grid style-000002.safetensors style.safetensors --settings runs/20260102-030405-style --output style-grid",
             Grid,
@@ -447,6 +463,7 @@ TOOLS: Mapping[str, Tool] = {
         Tool(
             "caption",
             "Caption images",
+            IMAGES,
             "Write captions for images with a model that you have on disk: BLIP, Florence-2, or a WD14 tagger.",
             "caption models/blip images --extension .txt --prefix zwx,",
             Caption,
