@@ -36,6 +36,7 @@ from trainer.randomness import set_torch_to
 from trainer.retention import Retention
 from trainer.run import Run, sweep
 from trainer.schema import Config, problem_with
+from trainer.schema.algorithms import TYPES
 from trainer.schema.blocks import rate_weights
 from trainer.schema.rules import text_encoder_rate, unet_rate
 from trainer.schema.training import Training
@@ -43,8 +44,6 @@ from trainer.schema.training import Training
 log = logging.getLogger(__name__)
 COMPUTE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Emit = Callable[[Event], None]
-USES_NO_WEIGHTS = {"Standard", "Kohya LoCon", "Kohya DyLoRA", "LoRA-FA"}
-"""The LoRA types that ask a frozen layer for its answer alone."""
 
 
 @dataclass
@@ -322,7 +321,7 @@ def _choose_attention(model: Any, training: Training, device: torch.device) -> N
 def place_unet(model: Any, device: torch.device, lora_types: Iterable[str]) -> None:
     """Move the U-Net to its device; on a CPU arrange it there, where no LoRA type on it reads its weights."""
     model.unet.to(device)
-    if device.type == "cpu" and all(name in USES_NO_WEIGHTS for name in lora_types):
+    if device.type == "cpu" and not any(TYPES[name].reads_weights for name in lora_types):
         arrange(model.unet)
 
 

@@ -44,6 +44,29 @@ def test_an_untrained_module_changes_nothing(case, settings):
         assert torch.equal(module(x), layer(x))
 
 
+class Watched(torch.nn.Linear):
+    """Answers as ever, and counts who asks for its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.own, self.bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        self.asked += 1
+        return self.own
+
+
+def test_a_types_row_tells_whether_its_modules_read_the_frozen_weight(settings):
+    layer = torch.nn.Linear(24, 40).requires_grad_(False)
+    layer.own, layer.asked = layer.weight.detach(), 0
+    del layer.weight
+    layer.__class__ = Watched
+    module = module_for(layer, settings)
+    layer.asked = 0
+    module(torch.ones(3, 24)).sum().backward()
+    assert (layer.asked > 0) == algorithms.TYPES[settings.type].reads_weights
+
+
 @pytest.mark.proves("LoRA_type", "network_alpha")
 def test_after_a_step_the_output_is_that_of_the_weights_merged_from_the_files_tensors(case, settings):
     layer, x = case

@@ -30,7 +30,8 @@ class Row:
     """A LoRA type's `module` in trainer/networks and `controls`, the preset keys that matter to it.
 
     `mark`: a tensor that each layer has in its files, by the start of its name, and in no others'.
-    `program`, `algo`: what sd-scripts and lycoris-lora call it in a file's metadata.
+    `program`, `algo`: what sd-scripts and lycoris-lora call it in a file's metadata. `reads_weights`: whether its
+    modules compute with the frozen layer's weight, and not with the layer's answer alone.
     """
 
     module: str
@@ -38,10 +39,11 @@ class Row:
     mark: str = MATRICES
     program: str = "networks.lora"
     algo: str = ""
+    reads_weights: bool = False
 
 
-def _lycoris(module: str, controls: str, mark: str, algo: str = "") -> Row:
-    return Row(module, controls, mark, "lycoris.kohya", algo or module)
+def _lycoris(module: str, controls: str, mark: str, algo: str = "", reads_weights: bool = True) -> Row:
+    return Row(module, controls, mark, "lycoris.kohya", algo or module, reads_weights)
 
 
 TYPES: Mapping[str, Row] = {
@@ -57,6 +59,7 @@ TYPES: Mapping[str, Row] = {
         "dylora",
         f"{RANK} {CONVOLUTIONS} {LYCORIS} {DROPOUTS} {LORA_PLUS} train_norm scale_weight_norms unit",
         MATRICES,
+        reads_weights=False,
     ),
     "LyCORIS/GLoRA": _lycoris("glora", LOW_RANK, "a1.weight"),
     "LyCORIS/Diag-OFT": _lycoris("diag_oft", ROTATION, "oft_blocks", "diag-oft"),
