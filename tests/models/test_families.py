@@ -1,14 +1,17 @@
 """What a model file is, told from its header."""
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from trainer.errors import ModelError
+from trainer.models import families
 from trainer.models.facts import FAMILIES
 from trainer.models.families import Found, check_vae, detect, locate
 from trainer.models.layout import tables
@@ -262,3 +265,14 @@ def test_what_is_no_vae_of_stable_diffusion_is_refused(model, folder):
 def test_families_are_told_without_torch():
     code = "import sys, trainer.models.families; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_family_is_named_in_its_row_alone_besides_what_tells_files_apart_and_its_switch():
+    root = Path(families.__file__).parents[1]
+    named = {
+        file.relative_to(root).as_posix()
+        for file in root.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in FAMILIES
+    }
+    assert named == {"models/facts.py", "lora/recognise.py", "schema/model.py", "demo/make_base.py"}

@@ -254,8 +254,9 @@ def _preset(lora: Lora, said: _Metadata) -> dict[str, Any]:
     if sides := re.findall(r"\d+", said.text("modelspec.timestep_range")):
         preset |= {"min_timestep": int(sides[0]), "max_timestep": int(sides[-1])}
     version, prediction = said.text("ss_base_model_version"), said.text("modelspec.prediction_type")
-    preset["v2"] = lora.family == "sd2" or preset.get("v2") is True
-    preset["sdxl"] = lora.family == "sdxl"
+    for family in FAMILIES.values():
+        if family.switch:
+            preset[family.switch] = family.name == lora.family or preset.get(family.switch) is True
     preset["v_parameterization"] = version.endswith("_v") or prediction == "v"
     kinds = Counter(tensor.dtype for tensor in lora.tensors.values())
     preset["save_precision"] = {"F16": "fp16", "BF16": "bf16"}.get(kinds.most_common(1)[0][0], "float")

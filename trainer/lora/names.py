@@ -15,7 +15,7 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-from trainer.models.facts import FAMILIES
+from trainer.models.facts import FAMILIES, UNCLAIMED
 
 # Prefix in kohya's naming → part of a diffusers pipeline.
 PARTS = {"lora_unet_": "unet"} | {
@@ -204,9 +204,9 @@ def to_original(path: str, attends: bool = True) -> str:
 def kohya(layer: Layer, family: str, attends: bool = True) -> str:
     """The layer's name in kohya's naming, as sd-scripts writes it for a model of the family.
 
-    `attends`: as for `to_original`, which names SDXL's layers.
+    `family`: "" where the file does not tell. `attends`: as for `to_original`, which names SDXL's layers.
     """
-    facts = FAMILIES.get(family, FAMILIES["sd1"])
+    facts = FAMILIES[family] if family else UNCLAIMED
     if layer.part == "unet":
         path = to_original(layer.path, attends) if facts.original_names else layer.path
         return "lora_unet_" + path.replace(".", "_")

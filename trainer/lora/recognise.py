@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from trainer.errors import ModelError
 from trainer.lora.names import PARTS, Layer, diffusers_layer, kohya, layer
 from trainer.models import families
-from trainer.models.facts import FAMILIES
+from trainer.models.facts import FAMILIES, UNCLAIMED
 from trainer.paths import absent, resolve, shown
 from trainer.schema.algorithms import type_of
 from trainer.tensorfile import Header, TensorInfo, header
@@ -26,6 +26,7 @@ from trainer.tensorfile import Header, TensorInfo, header
 Naming = Literal["kohya", "diffusers", "PEFT", "cloneofsimo"]
 
 WIDTHS = {family.width: name for name, family in FAMILIES.items()}
+DIFFUSERS_NAMED = {name for name, family in FAMILIES.items() if not family.original_names}
 
 UP, DOWN, MID, ALPHA = "lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha"
 # A layer's tensors are those of one of these; which are needed, and which may be there besides.
@@ -188,10 +189,11 @@ def recognise(text: str | Path, missing_alpha: Literal["", "rank"] = "") -> Lora
 def _kohya(name: str, place: Place, family: str) -> str:
     """Kohya's name of a tensor's layer: the file's own, unless that is in another family's way."""
     own = name.partition(".")[0]
-    is_original = bool(ORIGINAL.match(own))
-    fits = own.startswith("lora_te_") if place.layer.part != "unet" else not is_original
-    if family == "sdxl":
-        fits = own.startswith(("lora_te1_", "lora_te2_")) if place.layer.part != "unet" else is_original
+    facts = FAMILIES[family] if family else UNCLAIMED
+    if place.layer.part == "unet":
+        fits = bool(ORIGINAL.match(own)) == facts.original_names
+    else:
+        fits = own.startswith(tuple(f"lora_{encoder.key}_" for encoder in facts.encoders))
     return own if own.startswith(tuple(PARTS)) and fits else kohya(place.layer, family)
 
 
@@ -287,7 +289,7 @@ def _family(path: Path, found: Mapping[str, Place], head: Header, width: int | N
     deep = any(re.search(r"transformer_blocks\.[1-9]", one.path) for one in layers)
     is_xl = deep or any(one.part == "text_encoder_2" or "add_embedding" in one.path for one in layers)
     is_xl = is_xl or (width is None and "lora_te1_" in prefixes)
-    is_xl = is_xl or (width not in (768, 1024) and any(map(ORIGINAL.match, found)))
+    is_xl = is_xl or (WIDTHS.get(width or 0) not in DIFFUSERS_NAMED and any(map(ORIGINAL.match, found)))
     by_width = WIDTHS.get(width or 0, "")
     if width is None and not is_xl:
         by_width = next(
@@ -301,7 +303,7 @@ def _family(path: Path, found: Mapping[str, Place], head: Header, width: int | N
     mixed = ""
     if "lora_te_" in prefixes and ({"lora_te1_", "lora_te2_"} & prefixes or is_xl or by_width == "sdxl"):
         mixed = "lora_te_… is the text encoder of SD 1.x and 2.x, and other tensors are SDXL's"
-    elif is_xl and by_width in ("sd1", "sd2"):
+    elif is_xl and by_width in DIFFUSERS_NAMED:
         mixed = f"some tensors are SDXL's, and its U-Net attends to text states {width} wide as {FAMILIES[by_width].title} does"
     if mixed:
         raise _malformed(path, f"it mixes model families ({mixed})", "Make it again for one family.")

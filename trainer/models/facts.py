@@ -52,7 +52,7 @@ class Encoder:
 class Family:
     """A family of base models.
 
-    `what`: in a sentence. `switch`: the control that claims this family ("": none does). `blocks`: of the
+    `what`: in a sentence. `switch`: the control that claims this family ("", of one family only: that no control is on). `blocks`: of the
     U-Net, as block weights and dims count them. `size_conditioned`: whether `predict` wants the sizes.
     `clip_skip`: whether the text encoder's last layer is for the user to choose. `original_names`: whether
     kohya's names of the U-Net's layers follow the original layout instead of diffusers'.
@@ -156,3 +156,5 @@ FAMILIES: Mapping[str, Family] = {
         ),
     )
 }
+(UNCLAIMED,) = (family for family in FAMILIES.values() if not family.switch)
+"""The one family without a switch: what nothing tells to be of another is taken to be of this."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from trainer.errors import Problem
-from trainer.models.facts import FAMILIES, Family
+from trainer.models.facts import FAMILIES, UNCLAIMED, Family
 from trainer.schema import blocks
 from trainer.schema.algorithms import USES
 from trainer.schema.optimizers import SCHEDULERS
@@ -124,15 +125,21 @@ def conflicts(config: Config) -> Iterator[Problem]:
 
 def claimed_family(config: Config) -> Family:
     """The family that the model's switches claim. What the file says otherwise is refused before the start."""
-    switched = (family for family in FAMILIES.values() if family.switch and getattr(config.model, family.switch))
-    return next(switched, FAMILIES["sd1"])
+    return next(iter(_claimed(config)), UNCLAIMED)
+
+
+def _claimed(config: Config) -> list[Family]:
+    return [family for family in FAMILIES.values() if family.switch and getattr(config.model, family.switch)]
 
 
 def _family(config: Config) -> Iterator[Problem]:
     """What cannot be meant about the base model's family."""
+    from trainer.schema import PARAMETERS  # late, as in _problem
+
     model, family = config.model, claimed_family(config)
-    if model.v2 and model.sdxl:
-        yield _problem("v2", "and SDXL (sdxl) are both on, and a model is of one family. Switch one of them off.")
+    for one, other in pairwise(_claimed(config)):
+        what = f"and {PARAMETERS[other.switch].label} ({other.switch}) are both on, and a model is of one family."
+        yield _problem(one.switch, f"{what} Switch one of them off.")
     if not family.clip_skip and config.captions.clip_skip > 1:
         yield _problem(
             "clip_skip",
