@@ -139,9 +139,10 @@ class Login:
             answer.headers["Retry-After"] = str(seconds)
             return answer
         given = parse_qs((await _body(receive)).decode("utf-8", "replace"))
-        if not self._right(given.get("username", [""])[0], given.get("password", [""])[0]):
+        username = given.get("username", [""])[0]
+        if not self._right(username, given.get("password", [""])[0]):
             self.patience.failed(address)
-            return self._page(self.words.get(WRONG, WRONG), 401)
+            return self._page(self.words.get(WRONG, WRONG), 401, username)
         self.patience.succeeded(address)
         session = secrets.token_urlsafe(32)
         self.sessions[session] = None
@@ -153,8 +154,12 @@ class Login:
         answer.set_cookie(_cookie(scope), session, httponly=True, samesite="lax", secure=secure)
         return answer
 
-    def _page(self, message: str, status: int) -> HTMLResponse:
-        text = in_markup(markup(), self.words).replace("{{message}}", html.escape(message))
+    def _page(self, message: str, status: int, username: str = "") -> HTMLResponse:
+        """The form, with the name that was given; the cursor is in the first field that is empty."""
+        filled = {"message": message, "first": "" if username else "autofocus", "then": "autofocus" if username else ""}
+        text = in_markup(markup(), self.words)
+        for place, words in (*filled.items(), ("username", username)):
+            text = text.replace(f"{{{{{place}}}}}", html.escape(words))
         policy = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'"
         return HTMLResponse(text, status, {"Cache-Control": "no-store", "Content-Security-Policy": policy})
 
@@ -180,5 +185,5 @@ async def _body(receive: Receive) -> bytes:
 
 
 def markup() -> str:
-    """The form, with {{message}} where one is told."""
+    """The form, with {{message}} and the like where something is put in."""
     return (Path(__file__).parent / "static" / "login.html").read_text(encoding="utf-8")

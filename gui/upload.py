@@ -13,11 +13,12 @@ import re
 import secrets
 import shutil
 import stat
+import threading
 import time
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -45,6 +46,8 @@ SPARE = 512 * 1024**2
 PIECE = 1024**2
 FORGOTTEN_S = 6 * 3600
 MOST_NAMED = 5
+ANSWERED_WITHIN_S = 2.0
+"""A proxy cuts what takes a minute, so that a large zip is asked after again."""
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, KeyError)
@@ -75,12 +78,37 @@ class Entry:
     path: PurePosixPath
 
 
+class Unpacking(threading.Thread):
+    """A zip on its way into a folder: how many of its files are there, and in the end what has come of it."""
+
+    def __init__(self, work: Callable[[Callable[[int, int], None]], dict[str, Any]]) -> None:
+        super().__init__(daemon=True)
+        self.work = work
+        self.done = self.total = 0
+        self.given_up = False
+        self.answer: dict[str, Any] = {}
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self.answer = self.work(self.tell)
+        except Exception as error:  # told to whoever asks
+            self.error = error
+
+    def tell(self, done: int, total: int) -> None:
+        if self.given_up:
+            raise DataError("This upload was given up.", "Send the zip again.")
+        self.done, self.total = done, total
+
+
 class Uploads:
     """Zips on their way to a folder inside the roots; what has come of them lies in `folder`."""
 
     def __init__(self, roots: Roots, folder: Path) -> None:
         self.roots = roots
         self.folder = folder
+        self._unpacking: dict[str, Unpacking] = {}
+        self._lock = threading.Lock()
 
     def place(self, name: str) -> dict[str, Any]:
         """Where a zip of that name would be unpacked: a folder that is not there yet."""
@@ -101,6 +129,8 @@ class Uploads:
                 "Send the folders one by one.",
             )
         self.folder.mkdir(parents=True, exist_ok=True)
+        for ended in [key for key, job in self._unpacking.items() if not job.is_alive()]:
+            del self._unpacking[ended]
         for old in self.folder.glob("*.part"):
             if time.time() - old.stat().st_mtime > FORGOTTEN_S:
                 old.unlink(missing_ok=True)
@@ -125,20 +155,36 @@ class Uploads:
         return {"offset": have}
 
     def drop(self, name: str) -> dict[str, Any]:
-        """Forget what has come."""
+        """Forget what has come, and give up unpacking it."""
+        if name in self._unpacking:
+            self._unpacking[name].given_up = True
         self._part(name).unlink(missing_ok=True)
         return {"dropped": True}
 
     def unpack(self, name: str, target: str) -> dict[str, Any]:
         """Unpack the zip to the folder `target`, which must not exist; what came is then forgotten.
 
-        Returns the `folder` to train on, how many `images` and `captions` it has, and what was `left_out`.
+        Returns the `folder` to train on, how many `images` and `captions` it has, and what was `left_out`; or, while
+        it goes on, how many of its files are `done`, and `total`: then ask again.
         Raises DataError, and leaves nothing behind, when anything about the zip is not as it should be.
         """
-        part, folder = self._part(name), self._target(target)
+        with self._lock:
+            job = self._unpacking.get(name)
+            if job is None:
+                part, folder = self._part(name), self._target(target)
+                job = self._unpacking[name] = Unpacking(lambda tell: self._unpack(part, folder, tell))
+                job.start()
+        job.join(ANSWERED_WITHIN_S)
+        if job.is_alive():
+            return {"done": job.done, "total": job.total}
+        if job.error is not None:
+            raise job.error
+        return job.answer
+
+    def _unpack(self, part: Path, folder: Path, tell: Callable[[int, int], None]) -> dict[str, Any]:
         try:
             with self._opened(part, "rb"):
-                kept, left_out = unpack(part, folder)
+                kept, left_out = unpack(part, folder, tell)
         except OSError as error:
             raise DataError(f'"{shown(folder)}" cannot be written: {error.strerror or error}.') from error
         finally:
@@ -177,9 +223,12 @@ class Uploads:
         return folder
 
 
-def unpack(source: Path, target: Path) -> tuple[list[PurePosixPath], list[str]]:
+def unpack(
+    source: Path, target: Path, tell: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[list[PurePosixPath], list[str]]:
     """Unpack images and captions of a zip to the new folder `target`: their names, and those left out.
 
+    `tell` hears before each file how many are there, and of how many; what it raises ends it.
     Raises DataError when anything about the zip is not as it should be; then there is no folder.
     """
     try:
@@ -189,7 +238,8 @@ def unpack(source: Path, target: Path) -> tuple[list[PurePosixPath], list[str]]:
             _spare(target.parent, sum(entry.info.file_size for entry in entries))
             with unfinished(target) as folder:
                 folder.mkdir()
-                for entry in entries:
+                for done, entry in enumerate(entries):
+                    tell(done, len(entries))
                     path = folder / entry.path
                     path.parent.mkdir(parents=True, exist_ok=True)
                     _write(archive, entry.info, path)

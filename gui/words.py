@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 FOLDER = Path(__file__).parent / "words"
 ENGLISH = FOLDER / "english.json"
@@ -22,7 +22,8 @@ PROPERTIES = ("label", "placeholder")
 Words = Mapping[str, str]
 
 _MARKED = re.compile(r'(?<=>)[^<>]+(?=<)|(?<=aria-label=")[^"]+|(?<=title=")[^"]+|(?<=placeholder=")[^"]+')
-_LITERAL = re.compile(r'\bsaid\("([^"]+)"')
+_LITERAL = re.compile(r'\b(?:said\(|severity: )"([^"]+)"')
+_PHASE = re.compile(r'\b(?:Phase|tell)\("([^"]+)"')
 _COUNTED = re.compile(r'\bcounted\([^"`]*"([^"]+)"(?:, "([^"]+)")?\)')
 
 
@@ -62,12 +63,16 @@ def english() -> list[str]:
     from gui.desk import Desk
     from gui.files import Roots
     from gui.presets import Presets
-    from gui.runs import Runs
+    from gui.runs import Runs, State
+    from trainer.errors import Problem
+    from trainer.kohya import Note
 
     nowhere = Runs(FOLDER, FOLDER, ())
     desk = Desk(nowhere, Presets(FOLDER, FOLDER), Roots([]), allow=lambda path: None)
-    found = [*_of_scripts(page.script({}) + view.script({})), *login.SAID]
-    found += [html.unescape(text.strip()) for text in _MARKED.findall(login.markup())]
+    found = [*_of_scripts(page.script({}) + view.script({})), *login.SAID, *_phases()]
+    found += [*get_args(State), *get_args(get_type_hints(Problem)["severity"]), *get_args(get_type_hints(Note)["what"])]
+    form_to_log_in = re.sub(r"<style>.*?</style>|{{\w+}}", "", login.markup(), flags=re.DOTALL)
+    found += [html.unescape(text.strip()) for text in _MARKED.findall(form_to_log_in)]
     for component in page.build(desk).blocks.values():
         found += [getattr(component, name, None) or "" for name in PROPERTIES]
         if component.get_block_name() == "html":
@@ -81,6 +86,12 @@ def english() -> list[str]:
         if name in row
     ]
     return sorted({sentence for sentence in found if re.search(r"[^\W\d_]{2}", sentence)})
+
+
+def _phases() -> Iterator[str]:
+    """What the trainer and the tools say that they are at, out of their sources."""
+    for path in (FOLDER.parents[1] / "trainer").rglob("*.py"):
+        yield from _PHASE.findall(path.read_text(encoding="utf-8"))
 
 
 def _in_markup(text: str, words: Words) -> str:

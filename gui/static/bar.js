@@ -136,7 +136,7 @@ class Bar {
   tellChanged() {
     const items = this.form.changed().map((p) => ({ severity: "changed", key: p.key,
       message: t`${this.form.spoken(this.form.entries[p.key])} (default: ${this.form.spoken(p.default)})`,
-      act: ["reset", () => this.order(() => this.resetOne(p)), t`Reset ${p.label}`] }));
+      act: [t`reset`, () => this.order(() => this.resetOne(p)), t`Reset ${p.label}`] }));
     this.banner.show("info", items.length ? t`Different from the defaults:` : t`Everything is at its default.`, items,
       [[t`Since the last run`, () => this.order(() => this.sinceLastRun())]]);
   }

@@ -117,7 +117,7 @@ class Live {
     byId("live").classList.remove("lw-idle");
     const now = answer.now, total = step?.total || this.started?.total_steps || 0;
     const working = phase && phase.name !== "training" && (!step || phase.time >= step.time) ? phase : null;
-    const doing = working ? working.name + (working.total ? ` ${working.done}/${working.total}` : "") : phase && !step ? t`first step` : "";
+    const doing = working ? said(working.name) + (working.total ? ` ${working.done}/${working.total}` : "") : phase && !step ? t`first step` : "";
     byId("lw-run").textContent = this.run;
     byId("lw-run").title = this.run;
 
@@ -136,7 +136,8 @@ class Live {
       sentence = doing ? t`Now: ${doing}` : this.outline();
     } else if (state === "stopping") {
       short = step ? t`stopping · saving at step ${step.step}` : t`stopping`;
-      sentence = doing ? t`Now: ${doing}. Then it stops.` : t`The step it is in is finished and saved.`;
+      sentence = working?.name === "drawing samples" ? t`The picture is left unfinished; it stops after one more step.`
+        : doing ? t`Now: ${doing}. Then it stops.` : t`The step it is in is finished and saved.`;
     } else if (state === "stopped" || state === "done") {
       const end = this.ended;
       const at = end?.step ?? step?.step ?? 0;
@@ -150,7 +151,7 @@ class Live {
       sentence = t`No sign of life for ${duration(quiet)}${doing ? t`, in: ${doing}` : step ? t`, after step ${step.step}` : ""}. Large models can take that long; the log may tell.`;
     }
     this.pill(look, short, figures);
-    this.announce(look === "quiet" ? t`no sign of life` : state);
+    this.announce(look === "quiet" ? t`no sign of life` : said(state));
     this.say(sentence);
     this.progress(working && state === "starting" ? working.done : step?.step || 0, working && state === "starting" ? working.total : total, alive);
     this.crash(state === "crashed" ? answer.cause : null);

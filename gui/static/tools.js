@@ -245,7 +245,7 @@ class Tools {
     progress.hidden = !(running && job);
     if (running && job) {
       const { name, done, total } = job.phase || { name: "starting" };
-      phase.textContent = total ? t`${name} … ${done} of ${total}` : `${name} …`;
+      phase.textContent = total ? t`${said(name)} … ${done} of ${total}` : `${said(name)} …`;
       if (total) Object.assign(progress, { max: total, value: done });
       else progress.removeAttribute("value");
     } else {

@@ -63,7 +63,8 @@ class UploadPart {
       }
       byId("lw-upload-progress").removeAttribute("value");
       this.tell(t`Unpacking …`);
-      const found = await this.step({ step: "unpack", id, target });
+      const found = await this.unpacked(id, target);
+      if (!found) return;
       this.folder = found.folder;
       this.tell([t`${counted(found.images, "image")} and ${counted(found.captions, "caption file")} are in ${found.folder}.`,
         found.left_out ? t`Left out, being neither: ${found.examples.join(", ")}${found.left_out > found.examples.length ? " …" : ""}` : ""].filter(Boolean).join(" "));
@@ -88,7 +89,22 @@ class UploadPart {
       reader.onerror = () => reject(Object.assign(new Error(t`${file.name} can no longer be read.`), { final: true }));
       reader.readAsDataURL(file.slice(offset, offset + PIECE));
     });
-    const order = { step: "add", id, offset, data: address.slice(address.indexOf(",") + 1) };
+    return this.persist({ step: "add", id, offset, data: address.slice(address.indexOf(",") + 1) });
+  }
+
+  // Asked again until the last file is there; nothing when it was given up.
+  async unpacked(id, target) {
+    while (this.sending) {
+      const found = await this.persist({ step: "unpack", id, target });
+      if (found.folder) return found;
+      if (!this.sending) break;
+      byId("lw-upload-progress").value = found.done / (found.total || 1);
+      this.tell(t`Unpacked ${found.done} of ${counted(found.total, "file")} …`);
+    }
+  }
+
+  // One step on the server, tried again where the line breaks.
+  async persist(order) {
     for (let tried = 1; ; tried += 1) {
       try {
         return await this.step(order);

@@ -179,6 +179,8 @@ def test_kill_is_offered_after_a_minute_of_stopping_and_asks(server, visit):
     wait_state(page, "stopping")
     assert kill.is_hidden()
     (run,) = [Run(folder) for folder in server.runs.glob("2*")]
+    EventLog(run.events).emit(Phase("drawing samples", 0, 3))
+    page.wait_for_selector("#lw-sentence >> text=The picture is left unfinished; it stops after one more step.")
     os.utime(run.control, (time.time() - 61, time.time() - 61))
     kill.click()
     page.get_by_role("button", name="Leave it").click()

@@ -90,6 +90,16 @@ def test_anything_else_does_not(app, username, password):
     assert client.get("/config").status_code == 401
 
 
+def test_who_mistypes_the_password_finds_the_name_as_it_was_and_the_cursor_behind_it(app):
+    first = visitor(app).get("/").text
+    assert 'value=""' in first and "“me” where no other was chosen" in first
+    again = log_in(visitor(app), "wrong", '"><b>{{then}}').text
+    assert 'value="&quot;&gt;&lt;b&gt;{{then}}"' in again
+    inputs = again.split("<input")
+    assert ["autofocus" in text for text in inputs] == [False, False, True]
+    assert ["autofocus" in text for text in first.split("<input")] == [False, True, False]
+
+
 @pytest.mark.parametrize("body", [b"", b"\xff\xfe", b"a=1&" * 400, b"username=me&password=" + b"x" * 100_000])
 def test_a_form_that_is_none_is_a_wrong_one(app, body):
     assert visitor(app).post("/login", content=body).status_code in (400, 401)

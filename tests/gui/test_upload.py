@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import stat
+import threading
 import zipfile
 import zlib
 
@@ -97,6 +98,50 @@ def test_images_and_captions_arrive_byte_for_byte_and_the_rest_is_named(uploads,
 def test_the_folder_to_train_on_is_the_one_around_the_image_folders(uploads, target, names, folder):
     found = send(uploads, packed([(name, PICTURE) for name in names]), target)
     assert found["folder"] == str(target / folder)
+
+
+@pytest.fixture
+def slowly(monkeypatch):
+    """Unpacking waits for this before its second file, and whoever asks gets an answer at once."""
+    monkeypatch.setattr(upload, "ANSWERED_WITHIN_S", 0.01)
+    go_on, write = threading.Event(), upload._write
+
+    def late(archive, info, path):
+        write(archive, info, path)
+        assert go_on.wait(10)
+
+    monkeypatch.setattr(upload, "_write", late)
+    yield go_on
+    go_on.set()
+
+
+def asked_until(uploads, sent, target, true):
+    for _ in range(1000):
+        if true(answer := uploads.unpack(sent, str(target))):
+            return answer
+    raise AssertionError(answer)
+
+
+def test_a_large_zip_is_unpacked_beside_and_asked_after_until_it_is_done(uploads, target, slowly):
+    data = packed([("a.png", PICTURE), ("b.png", PICTURE)])
+    sent = uploads.begin(len(data), str(target))["id"]
+    uploads.add(sent, 0, base64.b64encode(data).decode())
+    asked_until(uploads, sent, target, lambda answer: answer == {"done": 0, "total": 2})
+    slowly.set()
+    assert asked_until(uploads, sent, target, lambda answer: "folder" in answer)["images"] == 2
+    assert uploads.unpack(sent, str(target))["images"] == 2, "the answer may have been lost on its way"
+
+
+def test_unpacking_that_is_given_up_leaves_nothing(uploads, target, slowly):
+    data = packed([("a.png", PICTURE), ("b.png", PICTURE)])
+    sent = uploads.begin(len(data), str(target))["id"]
+    uploads.add(sent, 0, base64.b64encode(data).decode())
+    asked_until(uploads, sent, target, lambda answer: answer["total"] == 2)
+    uploads.drop(sent)
+    slowly.set()
+    with pytest.raises(DataError, match="given up"):
+        asked_until(uploads, sent, target, lambda answer: "folder" in answer)
+    assert not list(target.parent.iterdir()) and not list(uploads.folder.iterdir())
 
 
 def test_a_piece_that_comes_twice_counts_once(uploads, target):

@@ -53,6 +53,12 @@ def test_a_language_that_is_not_there_is_refused_with_those_that_are(tmp_path, c
     assert "klingon" in (told := capsys.readouterr().err) and "english" in told
 
 
+def test_states_severities_and_phases_are_among_the_words():
+    listed = set(words.english())
+    assert {"running", "crashed", "queued", "error", "not supported", "less memory", "drawing samples"} <= listed
+    assert not [sentence for sentence in listed if "{{" in sentence or "color:" in sentence]
+
+
 def test_the_list_of_all_words_is_up_to_date():
     listed = json.loads(words.ENGLISH.read_text(encoding="utf-8"))
     assert list(listed) == words.english(), "python -m gui.words makes it anew"
