@@ -179,8 +179,6 @@ def test_kill_is_offered_after_a_minute_of_stopping_and_asks(server, visit):
     wait_state(page, "stopping")
     assert kill.is_hidden()
     (run,) = [Run(folder) for folder in server.runs.glob("2*")]
-    EventLog(run.events).emit(Phase("drawing samples", 0, 3))
-    page.wait_for_selector("#lw-sentence >> text=The picture is left unfinished; it stops after one more step.")
     os.utime(run.control, (time.time() - 61, time.time() - 61))
     kill.click()
     page.get_by_role("button", name="Leave it").click()
@@ -201,6 +199,9 @@ def test_silence_turns_amber_and_names_the_phase(server, visit, alive):
     page = visit(server)
     assert "caching latents 120/400" in wait_state(page, "quiet")
     assert "No sign of life for 3 min" in page.inner_text("#lw-sentence")
+    run.request("stop")
+    EventLog(run.events).emit(Phase("drawing samples", 0, 3))
+    page.wait_for_selector("#lw-sentence >> text=The picture is left unfinished; it stops after one more step.")
 
 
 def test_a_long_run_arrives_in_parts_and_stays_fluent(server, visit, alive):
