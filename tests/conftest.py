@@ -20,6 +20,7 @@ PHOTOGRAPHS = [f"{name}.{end}" for name in ("astronaut", "chelsea", "rocket") fo
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proofs", type=Path, help="write the table of parameters and the tests that prove them")
+    parser.addoption("--write-work", action="store_true", help="write down how much a step computes now")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,17 +1,13 @@
-"""What `python -m trainer bench` tells; and what a step costs that no machine's mood changes."""
+"""What `python -m trainer bench` tells."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.test_training import prepared
-from trainer import arranged, bench, loop
+from trainer import arranged, bench
 from trainer.__main__ import main
 from trainer.run import EXIT_CONFIG, EXIT_DONE
 
@@ -75,47 +71,3 @@ def test_arranged_convolutions_are_counted_like_plain_ones():
             layer(x).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts == [2 * (2 * 12 * 4 * 6 * 8 * 9)] * 2
-
-
-class Operators(TorchDispatchMode):
-    """Counts what is computed; casts of the frozen weights beside."""
-
-    def __init__(self, frozen: set[int]) -> None:
-        super().__init__()
-        self.frozen = frozen
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
-        self.counts[operator.overloadpacket.__name__] += 1
-        first = arguments[0] if arguments and isinstance(arguments[0], torch.Tensor) else None
-        if operator is torch.ops.aten._to_copy.default and first.untyped_storage()._cdata in self.frozen:
-            self.counts["casts of frozen weights"] += 1
-        return operator(*arguments, **(options or {}))
-
-
-def counted(settings, tmp_path: Path) -> tuple[Counter[str], int]:
-    """The operators of the second step's loss and its gradients, and the number of trained tensors."""
-    session = prepared(settings | {"mixed_precision": "bf16"}, tmp_path)
-    session.network.attach()
-    session.optimizer.step = session.scheduler.step = lambda: None
-    batches = session.feed.batches(range(2))
-    loop.take_step(session, 1, batches)
-    modules = (session.model.unet, *session.model.text_encoders.values())
-    frozen = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
-    with Operators(frozen) as operators:
-        loop.take_step(session, 2, batches)
-    return operators.counts, len(list(session.network.parameters()))
-
-
-def test_a_step_waits_for_no_number_and_casts_no_frozen_weight(settings, tmp_path):
-    counts, trained = counted(settings, tmp_path)
-    assert counts["_local_scalar_dense"] == 0, "each would make a GPU's step wait"
-    assert counts["casts of frozen weights"] == 0
-    # A trained weight is cast once on its way in, its gradient once on its way out.
-    assert counts["_to_copy"] <= 2 * trained + 12
-
-
-def test_less_is_computed_where_the_text_encoder_is_not_trained(settings, tmp_path):
-    both, _ = counted(settings, tmp_path / "both")
-    unet, _ = counted(settings | {"text_encoder_lr": 0, "unet_lr": 1e-4}, tmp_path / "unet")
-    assert unet["native_layer_norm_backward"] < both["native_layer_norm_backward"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -162,6 +163,22 @@ def test_with_any_workers_every_batch_comes_once_and_in_order(picture, numbers, 
     helped = [batch.pixels for batch in made.batches(numbers)]
     assert len(alone) == len(helped) == len(numbers)
     assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_without_workers_the_next_batch_and_no_more_is_read_while_this_one_is_trained(picture, monkeypatch):
+    reading = [threading.Event() for _ in range(3)]
+    made, read = feed(picture), Feed.__getitem__
+
+    def told(self, number):
+        reading[number].set()
+        return read(self, number)
+
+    monkeypatch.setattr(Feed, "__getitem__", told)
+    batches = made.batches(range(3))
+    next(batches)  # and here would be the step
+    assert reading[1].wait(10)
+    assert not reading[2].wait(0.2)
+    assert len(list(batches)) == 2
 
 
 @pytest.mark.proves("max_data_loader_n_workers")
