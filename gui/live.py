@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gui import runs
+from gui import history, runs
 from gui.files import MODEL_ENDINGS, inside
 from trainer import events, kohya
 from trainer.errors import LorawrightError
@@ -44,6 +44,8 @@ def poll(found: runs.Runs, ask: Mapping[str, Any]) -> dict[str, Any]:
     answer["state"] = runs.state(run, tail)
     answer["stop_asked"] = runs.stop_asked(run)
     answer["last_event"] = tail[-1]["time"] if tail else runs.began(run)
+    if answer["state"] in ("stopped", "crashed"):
+        answer["resumable"] = history.has_state(run)
     if answer["state"] == "crashed":
         failed = next((event for event in reversed(tail) if event["type"] == "failed"), None)
         answer["cause"] = asdict(runs.cause(run, failed))

@@ -61,6 +61,7 @@ class Bar {
   choose(id, kept = true) {
     this.preset.value = id;
     byId("lw-load").disabled = byId("lw-diff").disabled = !id;
+    byId("lw-load").classList.toggle("lw-primary", !kept && id !== this.source); // chosen is not loaded yet
     if (kept) localStorage.setItem("lorawright.preset", id);
   }
 

@@ -14,14 +14,13 @@ async function begin(server) {
   const banner = new Banner(byId("lw-banner"), form);
   const live = new Live(server, form);
   const bar = new Bar(form, banner, server, live);
-  new Finder(form);
   new Outlook(form, server);
   new DatasetTab(form, server, bar);
   new DrawsPart(form, server);
   new UploadPart(form, server, bar);
   new RunList(server, live, bar);
   new Json(server, form, bar);
-  new Tools(server, form, bar);
+  new Finder(form, server, new Tools(server, form, bar));
   bar.offer(hello.presets);
   await form.fill(hello.draft.entries, hello.draft.kept);
   document.documentElement.dataset.lorawright = "ready";

@@ -51,6 +51,7 @@ async function browse(form, parameter, server) {
   dialog.addEventListener("close", () => { dialog.remove(); form.input(parameter.key)?.focus(); });
   document.body.append(dialog);
   dialog.showModal();
-  await go(form.entries[parameter.key]);
+  const entry = form.entries[parameter.key];
+  await go(entry.startsWith("embedded:") ? "" : entry); // what comes along is in no folder to look into
   list.querySelector("button")?.focus();
 }

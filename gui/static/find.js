@@ -1,19 +1,39 @@
-// Finding a parameter by its label, its key, or a word of its help.
+// Finding a parameter by its label, its key, or a word of its help; a tool and what else has a tab the same way.
 
 const MOST_FOUND = 12;
 
 class Finder {
-  constructor(form) {
-    this.form = form;
+  constructor(form, server, tools) {
+    Object.assign(this, { form, server, tools });
+    const tab = (label, help) => ({ label: said(label), key: "", help, tab: label, section: label, go: () => form.open(label) });
+    this.places = [
+      tab("Dataset", t`Images, captions, tags, repeats, buckets, crops, duplicates, damage, upload of a zip.`),
+      tab("Config (JSON)", t`The settings as a preset: edit, paste, copy; the command line.`),
+      tab("Runs", t`Resume, repeat, files, download, delete, compare, queue, sweep, choose a checkpoint.`),
+    ];
     this.box = byId("lw-find");
     this.list = byId("lw-found");
     this.box.addEventListener("input", () => this.show());
-    this.box.addEventListener("focus", () => this.show());
+    this.box.addEventListener("focus", () => { this.show(); this.offerTools(); });
     this.box.addEventListener("blur", () => this.close());
     this.box.addEventListener("keydown", (event) => this.key(event));
     document.addEventListener("keydown", (event) => {
       if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") { event.preventDefault(); this.box.focus(); this.box.select(); }
     });
+  }
+
+  // The tools are asked for once, when something is first looked for.
+  async offerTools() {
+    if (this.asked) return;
+    this.asked = true;
+    try {
+      const { tools } = await this.server.tools({});
+      this.places.push(...tools.map(translated).map(({ name, label, group, summary }) =>
+        ({ label, key: "", help: summary, tab: "Tools", section: group, go: () => this.tools.open(name) })));
+      this.show();
+    } catch {
+      this.asked = false; // the live panel says that the server is away
+    }
   }
 
   // All words must be there. Best first: what begins with the text, has it in its label, its key, its help.
@@ -22,12 +42,12 @@ class Finder {
     if (!wanted) return [];
     const rank = (p) => {
       const label = p.label.toLowerCase(), within = (place) => words.every((word) => place.includes(word));
-      if (label.startsWith(wanted) || p.key.startsWith(wanted)) return 0;
+      if (label.startsWith(wanted) || p.key.toLowerCase().startsWith(wanted)) return 0;
       if (within(label)) return 1;
       if (within(p.key.toLowerCase())) return 2;
       return within(`${label} ${p.key} ${p.help}`.toLowerCase()) ? 3 : 4;
     };
-    return this.form.table.map((p) => [rank(p), p]).filter(([r]) => r < 4).sort(([a], [b]) => a - b).map(([, p]) => p);
+    return [...this.form.table, ...this.places].map((p) => [rank(p), p]).filter(([r]) => r < 4).sort(([a], [b]) => a - b).map(([, p]) => p);
   }
 
   show() {
@@ -38,7 +58,7 @@ class Finder {
     const place = (p) => (p.tab === p.section ? said(p.tab) : `${said(p.tab)} › ${said(p.section)}`);
     this.list.replaceChildren(
       ...this.found.map((p, i) => make("li", { id: `lw-found-${i}`, role: "option", onmousedown: (event) => { event.preventDefault(); this.take(p); } },
-        make("b", {}, p.label), " ", make("code", {}, p.key), make("span", { class: "lw-facts" }, place(p)))),
+        make("b", {}, p.label), " ", p.key && make("code", {}, p.key), make("span", { class: "lw-facts" }, place(p)))),
       ...(this.box.value.trim() && !this.found.length ? [make("li", { class: "lw-facts", role: "option", "aria-disabled": "true" }, t`Nothing found.`)] : []),
       ...(more > 0 ? [make("li", { class: "lw-facts", role: "option", "aria-disabled": "true" }, t`and ${more} more`)] : []));
     this.list.hidden = !this.list.childElementCount;
@@ -76,6 +96,6 @@ class Finder {
   take(p) {
     this.box.value = "";
     this.close();
-    this.form.focus(p.key);
+    if (p.go) p.go(); else this.form.focus(p.key);
   }
 }

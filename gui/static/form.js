@@ -227,7 +227,7 @@ class Form {
     this.tip.replaceChildren(
       make("p", {}, p.help),
       wrong ? make("p", { class: "lw-wrong" }, wrong) : "",
-      make("p", { class: "lw-facts" }, p.allowed === said("text") ? "" : `${p.allowed} · `, t`default: ${this.spoken(p.default)}`, " · ", make("code", {}, p.key)));
+      make("p", { class: "lw-facts" }, p.allowed === said("text") || p.kind === "choice" ? "" : `${p.allowed} · `, t`default: ${this.spoken(p.default)}`, " · ", make("code", {}, p.key)));
     this.tip.hidden = false;
     const spot = at.getBoundingClientRect(), size = this.tip.getBoundingClientRect();
     const left = Math.min(Math.max(8, spot.right - size.width), innerWidth - size.width - 8);

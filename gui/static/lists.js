@@ -7,6 +7,7 @@ class RunList {
     this.runs = [];
     new Sweep(bar.form, server, bar, this);
     this.chooser = new Chooser(server, live, bar);
+    live.resuming = (id) => bar.order(() => this.resume({ id }));
     document.addEventListener("click", (event) => {
       if (event.target.id === "lw-compare-now") this.bar.order(() => this.comparison.show([...this.chosen]));
     });

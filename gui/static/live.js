@@ -11,6 +11,7 @@ class Live {
     this.pinned = "";
     this.failures = 0;
     this.whenBusy = () => {};
+    this.resuming = () => {};
     this.controls();
     this.forget("");
     document.addEventListener("visibilitychange", () => { if (!document.hidden) this.soon(0); });
@@ -24,6 +25,7 @@ class Live {
     for (const word of ["sample", "save", "stop"]) byId(`lw-${word}-now`).addEventListener("click", () => this.told(this.request(word)));
     byId("lw-kill").addEventListener("click", () => this.told(this.kill()));
     for (const link of byId("lw-way").querySelectorAll("[data-tab]")) link.addEventListener("click", () => this.form.open(link.dataset.tab));
+    byId("lw-resume").addEventListener("click", () => this.resuming(this.run));
     byId("lw-jump").addEventListener("click", () => byId("live").scrollIntoView({ behavior: "smooth" }));
     byId("lw-latest").addEventListener("click", () => this.watch(""));
     byId("lw-log-file").addEventListener("click", (event) => { event.preventDefault(); this.told(this.download("log.txt")); });
@@ -215,6 +217,7 @@ class Live {
     byId("lw-stop-now").disabled = !busy;
     this.whenBusy(busy || state === "stopping");
     byId("lw-latest").hidden = !this.pinned;
+    byId("lw-resume").hidden = !answer?.resumable;
     byId("lw-kill").hidden = !(state === "stopping" && answer.stop_asked && answer.now - answer.stop_asked > KILL_AFTER_S);
     const waiting = answer?.waiting || [];
     byId("lw-next").textContent = waiting.length ? t`When this run ends, also by Stop, the queue goes on: ${waiting[0].slice(16)} starts at once${waiting.length > 1 ? t`, ${waiting.length - 1} more after it` : ""}.` : "";

@@ -45,6 +45,13 @@ class Tools {
     this.order = groups.flatMap(([, tools]) => tools.map((tool) => tool.name));
   }
 
+  // Show a tool, also before the tab was ever opened.
+  async open(name) {
+    localStorage.setItem("lorawright.tool", name);
+    await this.form.open("Tools");
+    if (this.tools) this.choose(name);
+  }
+
   turn(event) {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (!step) return;
@@ -151,7 +158,7 @@ class Tools {
   }
 
   withBrowse(p, control, take) {
-    const at = { type: (_, path) => { control.value = path; take(path); }, input: () => control };
+    const at = { type: (_, path) => { control.value = path; take(path); }, input: () => control, get entries() { return { [p.key]: control.value }; } };
     return make("span", { class: "lw-path" }, control, make("button", { class: "lw-button", type: "button",
       "aria-label": t`Browse for ${p.label}`, onclick: () => browse(at, { ...p, kind: p.kind === "lines" ? "file" : p.kind }, this.server) }, "…"));
   }

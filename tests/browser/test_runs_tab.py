@@ -51,8 +51,7 @@ def test_a_crashed_run_goes_on_from_its_state_with_one_button(server, visit):
     page = visit(server)
     crashed = ended(server, page, "steps=8 state crash", "crashed")
     enter(page, words="something else")
-    open_tab(page, "Runs")
-    row(page, crashed).get_by_role("button", name="Resume").click()
+    page.locator("#lw-resume").click()
     eventually(lambda: len(list(server.runs.glob("2*"))) == 2)
     open_tab(page, "Source model")
     assert shown(page, "training_comment") == "steps=8 state crash"

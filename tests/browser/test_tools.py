@@ -27,8 +27,14 @@ def lora(server):
 
 def test_a_lora_is_inspected_and_fills_the_form(server, visit, lora):
     page = visit(server)
-    open_tools(page)
-    page.get_by_label("LoRA", exact=True).fill(str(lora))
+    page.get_by_label("Find a parameter").fill("trained lora tell")
+    page.get_by_role("option", name="Inspect").wait_for()
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Browse for LoRA").click()
+    page.get_by_role("listbox", name="Folders and files").get_by_text("files").click()
+    page.get_by_role("option", name=lora.name).click()
+    assert page.get_by_label("LoRA", exact=True).input_value() == str(lora)
+    page.get_by_label("LoRA", exact=True).focus()
     page.keyboard.press("Enter")
     page.wait_for_selector("#lw-tool-result table", timeout=60000)
     assert "Stable Diffusion 1.x" in ran(page)

@@ -9,13 +9,13 @@ SPOKEN = """() => {
     while (walk.nextNode()) {
         const node = walk.currentNode;
         if (node.nodeType === Node.TEXT_NODE) {
-            if (!node.parentElement.closest("script, style, code, option, textarea, pre")) found.push(node.data);
+            if (!node.parentElement.closest("script, style, code, option, textarea, pre, #lw-dataset-problems")) found.push(node.data);
         } else for (const name of ["aria-label", "title", "placeholder"]) found.push(node.getAttribute(name) || "");
     }
     return found;
 }"""
 NAMES = {"Lorawright", "Ctrl+K", "Ctrl+S", "Ctrl+Enter", "More tabs", "fill", "read"}
-"""Names, keys, what Gradio says itself, and buttons that nobody sees."""
+"""Names, keys, what Gradio says itself, and buttons that nobody sees. The trainer's messages stay English."""
 
 
 def unsaid(text: str) -> str:
