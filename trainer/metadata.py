@@ -11,11 +11,13 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from trainer.data.buckets import Placement
@@ -59,6 +61,24 @@ class Description:
         }
 
 
+def model_files(config: Config) -> Callable[[], dict[str, str]]:
+    """Begin to work out the names and hashes of base model and VAE; the answer waits for them.
+
+    Reading all of a model takes seconds, and from here on goes on beside other work, which finds the file in memory.
+    """
+    found: Future[dict[str, str]] = Future()
+
+    def work() -> None:
+        try:
+            vae = _file("vae", resolve(config.model.vae)) if config.model.vae else {}
+            found.set_result(_file("sd_model", base_model(config.model.path)) | vae)
+        except OSError as error:
+            found.set_exception(error)
+
+    Thread(target=work, name="hashes of the model files", daemon=True).start()  # a stop does not wait for it
+    return found.result
+
+
 def describe(
     config: Config,
     *,
@@ -68,8 +88,9 @@ def describe(
     dataset: Dataset,
     placements: Sequence[Placement],
     repeats: Sequence[int],
+    files: Mapping[str, str],
 ) -> Description:
-    """Everything about a run that its files should tell. `repeats`: reads an epoch of each picture."""
+    """Everything about a run that its files should tell. `repeats`: reads an epoch of each picture; `files`: `model_files`."""
     training, optim, data, captions = config.training, config.optim, config.data, config.captions
     noise = config.objective
     prediction = "v_prediction" if config.model.v_parameterization else "epsilon"
@@ -148,8 +169,7 @@ def describe(
         "ss_bucket_info": json.dumps(_bucket_info(placements, repeats, enabled=data.buckets)),
         "ss_dataset_dirs": json.dumps(_folders(dataset, regularisation=False)),
         "ss_reg_dataset_dirs": json.dumps(_folders(dataset, regularisation=True)),
-        **_model("sd_model", base_model(config.model.path)),
-        **(_model("vae", resolve(config.model.vae)) if config.model.vae else {}),
+        **files,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{family.architectures[prediction]}/lora",
         "modelspec.implementation": family.implementation,
@@ -239,7 +259,7 @@ def _folders(dataset: Dataset, *, regularisation: bool) -> dict[str, dict[str, i
     }
 
 
-def _model(which: str, path: Path) -> dict[str, str]:
+def _file(which: str, path: Path) -> dict[str, str]:
     """Name and hashes of a model file; a folder has a name only."""
     name = {f"ss_{which}_name": path.name}
     if not path.is_file():

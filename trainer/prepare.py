@@ -102,6 +102,7 @@ def prepare(
     are taken, where not all are. Raises a LorawrightError naming what does not work.
     """
     training = config.training
+    files = metadata.model_files(config)
     place = here()
     accelerator, precision = accelerator_of(config, emit, place)
     torch.set_num_threads(training.threads)
@@ -136,6 +137,7 @@ def prepare(
         emit(Phase(f"caching {what}", done, total))
         check()
 
+    prompts = parse(config.samples.prompts)
     latents = None
     model.vae.to(device)
     if config.data.cache_latents:
@@ -151,8 +153,7 @@ def prepare(
             progress=partial(progress, "latents"),
         )
         latents = team.gathered(encoded)
-        model.vae.to("cpu")
-    prompts = parse(config.samples.prompts)
+        model.vae.to("cpu" if prompts else "meta")
     captions = prompt_texts = None
     for encoder in model.text_encoders.values():
         encoder.to(device)
@@ -210,6 +211,7 @@ def prepare(
             dataset=dataset,
             placements=placements,
             repeats=repeats,
+            files=files(),
         ),
         prompts=prompts,
         captions=captions,

@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from trainer.errors import ModelError
 from trainer.models import Schedule, Target, TextStates, clip_tokens, layout, weights
 from trainer.models.clip_tokens import Tokens
 from trainer.models.facts import FAMILIES, Encoder, Family
 from trainer.models.families import Found
+from trainer.models.lean_imports import (
+    AutoencoderKL,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    UNet2DConditionModel,
+)
 from trainer.paths import resolve, shown
 
 PLACES = {"attentions": "attention", "resnets": "resnet", "downsamplers": "resnet", "upsamplers": "resnet"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -27,8 +29,12 @@ DTYPES = {
 }
 
 
-class _Buffer:
-    """Where one tensor after the other is read before it is copied to stay.
+THREADS = 2
+"""One waits for the file while another copies; more take more memory, and hardly less time."""
+
+
+class _Buffer(threading.local):
+    """Where one tensor after the other is read before it is copied to stay; each thread has its own.
 
     Freed one by one between those that stay, such tensors leave holes that nothing fits in: loading then
     takes 1.4 times the weights.
@@ -49,16 +55,19 @@ class Safetensors:
     def __init__(self, path: Path) -> None:
         self.header = header(path)
         self._path, self._file, self._buffer = path, path.open("rb"), _Buffer()
+        self._alone = threading.Lock()
 
     def get_tensor(self, name: str) -> torch.Tensor:
         return self.look(name).clone()
 
     def look(self, name: str) -> torch.Tensor:
-        """A tensor as it is stored, until the next look."""
+        """A tensor as it is stored, until this thread's next look."""
         info = self.header.tensors[name]
         content = self._buffer.of(info.size)
-        self._file.seek(self.header.data_begin + info.begin)
-        if self._file.readinto(memoryview(content.numpy())) != info.size:
+        with self._alone:
+            self._file.seek(self.header.data_begin + info.begin)
+            read = self._file.readinto(memoryview(content.numpy()))
+        if read != info.size:
             raise ModelError(f'"{shown(self._path)}" ends within {name}.', "Fetch the file again.")
         return content.view(dtype_of(self._path, name, info.dtype)).view(info.shape)
 
@@ -77,7 +86,7 @@ class Pickled:
         return self.look(name).clone()
 
     def look(self, name: str) -> torch.Tensor:
-        """A tensor as it is stored, until the next look."""
+        """A tensor as it is stored, until this thread's next look."""
         tensor = self._file.tensors[name]
         content = self._buffer.of(self._file.size_of(tensor.storage))
         self._file.read_into(memoryview(content.numpy()), tensor.storage)
@@ -131,17 +140,26 @@ def fill(
             f'"{shown(path)}" lacks {len(missing)} tensors of the model, the first is {missing[0]}.',
             "The file is damaged or of another kind; download it again or choose another base model.",
         )
-    state = {}
-    for theirs, ours in names.items():
-        for name, tensor in layout.taken(theirs, file.look(theirs), ours):
+
+    def taken(theirs: str) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, tensor in layout.taken(theirs, file.look(theirs), names[theirs]):
             shape = wanted[name].shape
             if tensor.numel() != shape.numel():
                 raise ModelError(
                     f'"{shown(path)}": {theirs} has the shape {list(tensor.shape)}, the model needs {list(shape)}.',
                     "The file is of another model family than its names say; choose another base model.",
                 )
-            state[name] = _kept(tensor.reshape(shape), dtype, device)
-    module.load_state_dict(state, strict=False, assign=True)
+            found[name] = _kept(tensor.reshape(shape), dtype, device)
+        return found
+
+    module.load_state_dict(_all(taken, names), strict=False, assign=True)
+
+
+def _all(taken: Callable[[str], dict[str, torch.Tensor]], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """What `taken` finds in a file for all names, by several threads."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return {name: tensor for found in pool.map(taken, names) for name, tensor in found.items()}
 
 
 def _kept(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -153,14 +171,15 @@ def _kept(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> tor
 def fill_from_folder(module: torch.nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Give an empty module its weights from a diffusers component folder, sharded or not."""
     wanted = dict(module.named_parameters())
-    state = {}
-    with ExitStack() as stack:
-        for shard in weight_files(folder):
-            file = stack.enter_context(opened(shard))
-            for name in file.header.tensors:
-                ours = name if name in wanted else name.removeprefix("text_model.")
-                if ours in wanted:
-                    state[ours] = _kept(file.look(name), dtype, device)
+    state: dict[str, torch.Tensor] = {}
+
+    def taken(name: str) -> dict[str, torch.Tensor]:
+        ours = name if name in wanted else name.removeprefix("text_model.")
+        return {ours: _kept(file.look(name), dtype, device)} if ours in wanted else {}
+
+    for shard in weight_files(folder):
+        with opened(shard) as file:
+            state |= _all(taken, file.header.tensors)
     missing = sorted(set(wanted) - set(state))
     if missing:
         raise ModelError(
