@@ -113,7 +113,7 @@ def measure(config: Any, steps: int, folder: Path) -> Benchmark:
         took.append(time.perf_counter() - began)
     on_gpu = device.type == "cuda"
     device_memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    with _operations() as counter:
+    with torch.compiler.set_stance("force_eager"), _operations() as counter:
         take_step(session, WARM_UP + steps + 1, batches)
     measured = took[WARM_UP:]
     median = statistics.median(measured)

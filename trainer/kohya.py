@@ -34,6 +34,7 @@ OLDER_VALUES: dict[str, dict[Any, Any]] = {
     "save_precision": {"fp32": "float", "no": "float"},
     "mixed_precision": {"fp32": "no", "float": "no"},
     "log_with": {True: "wandb", False: "", "True": "wandb", "False": "", "true": "wandb", "false": "", "0": ""},
+    "dynamo_backend": {"": "no", "eager": "no", "aot_eager": "no"},
     "optimizer": {"AdamW 8bit": "AdamW8bit", "AdaFactor": "Adafactor"},
 }
 
@@ -41,6 +42,9 @@ DESCRIPTION = "description"
 
 # Known to kohya_ss and not supported (yet); beside each the values at which it changes nothing.
 PENDING: dict[str, tuple[Any, ...]] = {
+    "dynamo_mode": ("default",),
+    "dynamo_use_dynamic": (),
+    "dynamo_use_fullgraph": (),
     "log_tracker_config": (),
     "lr_scheduler_type": (),
     "main_process_port": (),

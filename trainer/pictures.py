@@ -60,7 +60,8 @@ def _draw(s: Session, step: int, index: int, prompt: Prompt, strength: float = 1
     """Draw, save and tell of one picture; None where it failed. `strength`: the network's, as it is set already."""
     seed, size = seed_and_size(s.config, s.seed, index, prompt)
     try:
-        with s.network.without_dropout():
+        # Compiled blocks would be compiled once more, for answers without gradients.
+        with s.network.without_dropout(), torch.compiler.set_stance("force_eager"):
             image = sampling.draw(s.model, prompt, s.config.samples.sampler, size, seed, s.check, s.prompt_texts)
     except (ValueError, RuntimeError) as error:
         log.exception("sample %d failed", index + 1)

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainer import metadata, models, networks, optim, state, trackers
+from trainer import compiling, metadata, models, networks, optim, state, trackers
 from trainer.arranged import arrange
 from trainer.compact import compact, give_back_memory
 from trainer.data import cache, folders, texts
@@ -81,6 +81,8 @@ class Session:
     """The steps that training went back to, which is in the rates and the noise since."""
     parts: int = 1
     """In how many parts each batch is taken."""
+    compiled: bool = False
+    """Whether the U-Net's blocks are, or will be when they are first called."""
     whole: bool = True
     """Whether weights, optimizer and schedule are those behind a step, and not within one."""
 
@@ -188,6 +190,8 @@ def prepare(
         optim.scale_rates(scheduler, 0.5 ** len(resumed.returns))
         resumed.restore(network, optimizer, scheduler, accelerator.scaler)
     repeats = [picture.repeats for picture in dataset.pictures]
+    sizes = len({placement.bucket for placement in placements})
+    compiled = compiling.begin(model, config, steps=length.total_steps, sizes=sizes, device=device)
     give_back_memory()
     return Session(
         config=config,
@@ -223,6 +227,7 @@ def prepare(
         resumed=resumed,
         newest_state=resumed.folder if resumed else None,
         returns=list(resumed.returns) if resumed else [],
+        compiled=compiled,
     )
 
 

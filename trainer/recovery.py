@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import torch
 
-from trainer import kohya, optim, state
+from trainer import compiling, kohya, optim, state
 from trainer.compact import give_back_memory
 from trainer.data import texts
-from trainer.errors import TrainingError
+from trainer.errors import LorawrightError, TrainingError
 from trainer.events import Phase, Warned
 from trainer.models import recompute
 from trainer.prepare import Session
@@ -30,6 +30,8 @@ def go_on(s: Session, step: int, error: Exception, keep: Callable[[Session, int]
     Raises the error where the settings allow nothing, or nothing helps; before that, `keep` saves the state behind
     the step, where there is a whole one.
     """
+    if s.compiled and s.whole and not isinstance(error, LorawrightError) and not is_memory(error):
+        return _go_on_uncompiled(s, step, error)
     not_a_number = isinstance(error, TrainingError) and error.kind == "not_a_number"
     traceback.clear_frames(error.__traceback__)  # they hold all that the step took of the memory
     behind = None
@@ -46,6 +48,23 @@ def go_on(s: Session, step: int, error: Exception, keep: Callable[[Session, int]
         log.info("where memory ended:", exc_info=error)
         raise TrainingError("out_of_memory", *full(error, s.config)) from error
     raise error
+
+
+def _go_on_uncompiled(s: Session, step: int, error: Exception) -> int:
+    """The step again as it is written: what was not the compiler's fault fails once more, and is told then."""
+    compiling.end(s.model)
+    s.compiled = False
+    s.optimizer.zero_grad(set_to_none=True)
+    log.info("where the compiled blocks failed:", exc_info=error)
+    reason = str(getattr(error, "inner_exception", error)).strip().splitlines()
+    s.emit(
+        Warned(
+            f"The U-Net's blocks could not be compiled ({reason[0] if reason else type(error).__name__}). Training goes "
+            "on without, and is slower.",
+            "Set Dynamo backend (dynamo_backend) to no, and nothing is tried.",
+        )
+    )
+    return step
 
 
 def newest_state(s: Session) -> state.State | None:

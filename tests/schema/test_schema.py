@@ -11,6 +11,7 @@ import pytest
 
 from trainer import schema
 from trainer.errors import ConfigError
+from trainer.models.facts import FAMILIES
 from trainer.schema import PARAMETERS
 from trainer.schema.table import markdown
 
@@ -30,11 +31,12 @@ def test_every_field_is_read_somewhere_in_the_trainer():
                 if isinstance(node, ast.Attribute)
             }
             read |= {("by key", key) for key in PARAMETERS if f'"{key}"' in text and path.name == "check.py"}
-    read_by_the_form = {"model_list"}  # picking a model fills its path
+    # Picking a model fills its path; the switches of families are read by the names in their rows.
+    read_otherwise = {"model_list", *(family.switch for family in FAMILIES.values())}
     dead = [
         p.key
         for p in PARAMETERS.values()
-        if not {(p.group, p.name), ("settings", p.name), ("by key", p.key)} & read and p.key not in read_by_the_form
+        if not {(p.group, p.name), ("settings", p.name), ("by key", p.key)} & read and p.key not in read_otherwise
     ]
     assert dead == []
 
@@ -92,6 +94,21 @@ def test_a_plain_lora_imports_no_library_of_other_types_or_optimizers():
     found = "print(sorted({'lycoris', 'wandb', 'tensorboard', 'pytorch_optimizer', 'dadaptation'} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", f"{check}; {found}"], cwd=ROOT, capture_output=True, text=True)
     assert answer.stdout.strip() == "[]", answer.stderr
+
+
+def test_a_start_imports_the_models_that_are_trained_and_later_all_others_are_to_be_had():
+    code = (
+        "import trainer.loop, trainer.models.sd as sd, sys\n"
+        "others = {'bitsandbytes', 'torch._inductor.compile_fx', 'diffusers.models.transformers.transformer_flux'}\n"
+        "print(sorted(others & set(sys.modules)))\n"
+        "from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel\n"
+        "from transformers import BlipConfig, CLIPTextModel\n"
+        "import bitsandbytes\n"
+        "print(AutoencoderKL is sd.AutoencoderKL, UNet2DConditionModel is sd.UNet2DConditionModel,"
+        " CLIPTextModel is sd.CLIPTextModel)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert ran.stdout.splitlines() == ["[]", "True True True"]
 
 
 def test_the_page_imports_of_the_trainer_only_what_needs_no_torch():

@@ -178,6 +178,17 @@ class Training(Group):
         PyTorch's own (sdpa), which is as good, and the log says so. none: the plain formula, slow
         and hungry, for comparing.""",
     )
+    compiler: Literal["auto", "no", "inductor"] = parameter(
+        "dynamo_backend",
+        "auto",
+        "Dynamo backend",
+        Section.STEP,
+        """Compile the U-Net's transformer blocks for this machine (torch.compile): steps get shorter, and the first one
+        takes about a minute longer, once for a machine and a model. auto: on a GPU, for a full-size model, from 1,000
+        steps on; how much it gains there was not measured yet. inductor: always; on a processor it gains a few percent.
+        no: never. Where it cannot be done, a warning says so and training goes on without. The results are the same but
+        for rounding.""",
+    )
     prior_loss_weight: float = parameter(
         "prior_loss_weight",
         1.0,
