@@ -121,6 +121,7 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
             root_path=given.root_path,
             theme=page.theme(),
             head=page.style(),
+            favicon_path=page.STATIC / "icon.svg",
             allowed_paths=allowed,
             app_kwargs={"middleware": middleware, "routes": routes},
             max_file_size="1mb",

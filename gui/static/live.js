@@ -98,6 +98,7 @@ class Live {
   idle() {
     this.state = null;
     byId("live").classList.add("lw-idle");
+    byId("lw-way")?.removeAttribute("hidden"); // not before it is known that there is no run
     this.pill("idle", t`no run yet`);
     this.say(t`Nothing has been trained yet. The way there:`);
     this.progress(0, 0);

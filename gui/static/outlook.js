@@ -40,10 +40,11 @@ class Outlook {
       parts.push(t`a file of about ${bytes(size.file_bytes)}`);
     }
     if (like && summary.total_steps) {
-      parts.push(t`about ${duration(like.seconds * summary.total_steps)} of steps${like.memory ? t`, ${bytes(like.memory)} of memory` : ""}, by ${like.run}`);
+      parts.push(t`about ${duration(like.seconds * summary.total_steps)} of steps${like.memory ? t`, ${bytes(like.memory)} of memory` : ""}, as in ${like.run}`);
     }
-    if (errors) parts.push(errors === 1 ? t`one thing is still in the way` : t`${errors} things are still in the way`);
-    this.node.replaceChildren(make("b", {}, t`Will be trained:`), " ", parts.join(" · ") || t`nothing yet`);
+    const wrong = errors && make("button", { class: "lw-link", type: "button", title: t`Check tells what`, onclick: () => byId("lw-check").click() },
+      errors === 1 ? t`one thing is still in the way` : t`${errors} things are still in the way`);
+    this.node.replaceChildren(make("b", {}, t`Will be trained:`), " ", parts.join(" · ") || (wrong ? "" : t`nothing yet`), ...(wrong ? [parts.length ? " · " : "", wrong] : []));
   }
 }
 

@@ -93,26 +93,6 @@ class Optim(Group):
         LoRA. 0: off.""",
         ge=0,
     )
-    most_skipped: int = parameter(
-        "max_skipped_steps",
-        0,
-        "Max skipped steps",
-        Section.LEARNING,
-        """A step whose loss or gradient is not a number ends the training, before it can ruin the LoRA; the log names
-        its images. Here: how many such steps in a row are left out instead, each with a warning. They mostly come from
-        a learning rate that is too high, and then they do not stop coming; for a single odd image, 5 or so. On a GPU
-        it costs a wait in each step. 0: none.""",
-        ge=0,
-    )
-    goes_back: bool = parameter(
-        "go_back_on_nan",
-        False,
-        "Go back when steps fail",
-        Section.LEARNING,
-        """Where a step that is not a number would end the training: go back to the last saved state instead, with
-        half the learning rate and other noise from there, three times at most; the file says so. Needs Save training
-        state.""",
-    )
     learning_rate: float = parameter(
         "learning_rate",
         1e-4,
@@ -223,6 +203,26 @@ class Optim(Group):
         kind="text",
         placeholder="lr_end=1e-6",
         when={"optimizer": SCHEDULED},
+    )
+    most_skipped: int = parameter(
+        "max_skipped_steps",
+        0,
+        "Max skipped steps",
+        Section.LEARNING,
+        """A step whose loss or gradient is not a number ends the training, before it can ruin the LoRA; the log names
+        its images. Here: how many such steps in a row are left out instead, each with a warning. They mostly come from
+        a learning rate that is too high, and then they do not stop coming; for a single odd image, 5 or so. On a GPU
+        it costs a wait in each step. 0: none.""",
+        ge=0,
+    )
+    goes_back: bool = parameter(
+        "go_back_on_nan",
+        False,
+        "Go back when steps fail",
+        Section.LEARNING,
+        """Where a step that is not a number would end the training: go back to the last saved state instead, with
+        half the learning rate and other noise from there, three times at most; the file says so. Needs Save training
+        state.""",
     )
     stop_text_encoder_percent: float = parameter(
         "stop_text_encoder_training",
