@@ -341,3 +341,23 @@ def test_adafactors_rates_belong_to_their_groups_also_when_one_rests():
         scheduler.step()
     # 1 % of each group's own root mean square
     assert optim.rates(optimizer, scheduler) == pytest.approx({"a": 0.01, "b": 0.03}, rel=0.05)
+
+
+def test_a_fused_step_is_the_plain_one_and_is_left_to_who_chooses_another_way_or_has_a_scaler():
+    def trained(settings, fused):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        group = {"name": "unet", "params": [weight], "lr": 1e-2}
+        optimizer = optim.make_optimizer([group], settings, fused=fused)
+        for step in range(4):
+            weight.grad = torch.cos(weight.detach() * (step + 1))
+            optimizer.step()
+        return optimizer.param_groups[0].get("fused"), weight.detach()
+
+    for name in ("AdamW", "SGDNesterov"):
+        (one, expected), (other, found) = (trained(Optim(optimizer=name), fused) for fused in (False, True))
+        assert not one
+        assert other is True
+        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-7)
+    chosen = Optim(optimizer="AdamW", arguments="foreach=True")
+    assert trained(chosen, True)[0] is None
+    assert trained(Optim(optimizer="Lion"), True)[0] is None

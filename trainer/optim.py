@@ -34,10 +34,15 @@ def signature(row: Row) -> set[str]:
     return {n for n, p in names if n not in ("self", "params", "lr") and p.kind is not p.VAR_KEYWORD}
 
 
-def make_optimizer(groups: list[dict[str, Any]], settings: Optim) -> torch.optim.Optimizer:
+WAYS = {"fused", "foreach", "capturable", "differentiable"}
+"""In which PyTorch's own optimizers can compute; fused is the fastest, a pass over the weights for all of a step."""
+
+
+def make_optimizer(groups: list[dict[str, Any]], settings: Optim, *, fused: bool = False) -> torch.optim.Optimizer:
     """The chosen optimizer over parameter groups {"params", "lr", "name"}, ready for its first step.
 
-    Adafactor with relative steps ignores their rates; optimizers with one rate use the first's.
+    `fused`: whether it may be, where the settings do not choose a way; not under a gradient scaler, which would hand
+    it the overflowed steps as well. Adafactor with relative steps ignores their rates; optimizers with one rate use the first's.
     Raises ConfigError for arguments that the optimizer does not know, or cannot use.
     """
     row = settings.row
@@ -48,6 +53,8 @@ def make_optimizer(groups: list[dict[str, Any]], settings: Optim) -> torch.optim
     # Some schedulers take this for the rate that theirs are shares of.
     first = settings.learning_rate or groups[0]["lr"]
     arguments = {"lr": first, **row.defaults, **given, **row.fixed}
+    if fused and "fused" in row.arguments.split() and not WAYS & set(given):
+        arguments["fused"] = True
     if settings.relative_step:
         groups = [{k: v for k, v in group.items() if k != "lr"} for group in groups]
         arguments |= {"lr": None, "relative_step": True}

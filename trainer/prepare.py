@@ -173,7 +173,8 @@ def prepare(
     feed = Feed(dataset.pictures, placements, config, seed, latents, place)
     length = Length.of(len(feed), training)
     network = _network(config, model, seed)
-    optimizer = optim.make_optimizer(_groups(config, network, model.family.blocks), config.optim)
+    groups = _groups(config, network, model.family.blocks)
+    optimizer = optim.make_optimizer(groups, config.optim, fused=accelerator.scaler is None)
     if config.optim.row.paged and accelerator.device.type == "cpu":
         name = config.optim.optimizer
         emit(Warned(f"{name} moves its states out of a GPU's memory; without a GPU it is like the unpaged one."))
