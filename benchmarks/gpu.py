@@ -4,8 +4,9 @@
     python benchmarks/gpu.py --device cpu --small      # tries the script itself out where there is no GPU
 
 SD 1.5 at 512×512 with batches of 1 and 8, SDXL at 1024×1024 with 1 and 4, each with AdamW and AdamW8bit: rank 16 on
-U-Net and text encoders, bf16, random weights, eight photographs. Every step is awaited in both programs. The share is
-that of the matrix rate that the card was measured to have. Writes gpu.json and gpu.md into the work folder.
+U-Net and text encoders, bf16, random weights, eight photographs. Every step is awaited in both programs. Ours compiles
+its blocks as it does by itself in a long run; with --compiler no it does not. The share is that of the matrix rate that
+the card was measured to have. Writes gpu.json and gpu.md into the work folder.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="one small case of few steps")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--compiler", choices=("no", "inductor"), default="inductor")
     parser.add_argument("--sd-scripts", type=Path)
     parser.add_argument("--python", type=Path)
     parser.add_argument("--tokenizers", type=Path, help="sd-scripts' --tokenizer_cache_dir")
@@ -65,6 +67,7 @@ def ours(model: Path, images: Path, case: dict[str, Any], chosen: argparse.Names
     """What `python -m trainer bench` measures."""
     settings = our_settings(model, images, case["side"], "bf16") | {
         **{"train_batch_size": case["batch"], "optimizer": case["optimizer"], "sdxl": case["family"] == "sdxl"},
+        "dynamo_backend": chosen.compiler,
         **{"network_dim": 16, "network_alpha": 1, "unet_lr": 1e-4, "text_encoder_lr": 5e-5},
     }
     preset = chosen.work / "preset.json"

@@ -298,6 +298,8 @@ def accelerator_of(config: Config, emit: Emit, place: Place = ALONE) -> tuple[Ac
         cpu=place.count > 1 and not on_gpu,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = True  # as for convolutions: fp32 products with the 11 bits of fp16
     if config.training.full_fp16 and accelerator.scaler is not None:
         # torch's scaler refuses gradients in fp16 unless told that they are meant.
         accelerator.scaler._unscale_grads_ = partial(_unscale, accelerator.scaler._unscale_grads_)

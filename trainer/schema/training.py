@@ -50,8 +50,8 @@ class Training(Group):
         "Mixed precision",
         Section.MACHINE,
         """The numbers that the model computes with. bf16 where the card knows it (RTX 30 and
-        newer, and processors), fp16 on older cards, no for full precision at twice the memory. The
-        LoRA's own weights stay exact either way.""",
+        newer, and processors), fp16 on older cards, no for fp32 at twice the memory, whose products newer cards round to
+        TF32. The LoRA's own weights stay exact either way.""",
     )
     threads: int = parameter(
         "num_cpu_threads_per_process",
