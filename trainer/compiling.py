@@ -23,7 +23,8 @@ ENOUGH_WEIGHTS = 100_000_000
 """Of the U-Net: a smaller one's steps cost nothing that compiling could save."""
 MOST_GRAPHS = 64
 """Of one block's code: as many widths, sizes and modes as a training may have."""
-CACHE = Path.home() / ".cache" / "lorawright" / "compiled"
+# Among the user's own files, not in a folder that others could fill; PyTorch settles it when its compiler is imported.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "lorawright" / "compiled"))
 
 
 def begin(model: Any, config: Config, *, steps: int, sizes: int, device: torch.device) -> bool:
@@ -34,7 +35,6 @@ def begin(model: Any, config: Config, *, steps: int, sizes: int, device: torch.d
     wanted = config.training.compiler
     if wanted == "no" or (wanted == "auto" and not pays(model.unet, config, steps, device)):
         return False
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     # A dropped value is the same one, compiled or not.
     torch._inductor.config.fallback_random = True
