@@ -228,7 +228,7 @@ class Desk:
         """
         values = form.read(ask["entries"])
         combinations, problems = sweep.plan(values, ask["fields"])
-        problems = problems or sweep.check(combinations, ask["kept"])
+        problems = problems or sweep.check(combinations)
         if problems:
             return _refused(*problems)
         answer = self.runs.check(combinations[0].values, ask["kept"])

@@ -64,13 +64,13 @@ def plan(values: Mapping[str, Any], fields: Sequence[Sequence[str]]) -> tuple[li
     return found, []
 
 
-def check(combinations: Sequence[Combination], kept: Mapping[str, Any]) -> list[Problem]:
+def check(combinations: Sequence[Combination]) -> list[Problem]:
     """What stands in the way of any combination, each problem once, naming the first that has it."""
     from trainer.check import problems  # late: what reads images takes a while to import
 
     found: dict[tuple[str, str], Problem] = {}
     for one in combinations:
-        for problem in problems(kohya.Preset(dict(one.values), dict(kept)), decode=False, ask=False).errors:
+        for problem in problems(kohya.Preset(dict(one.values), {}), decode=False, ask=False).errors:
             told = Problem(problem.key, problem.label, f"with {one.words}: {problem.message}")
             found.setdefault((problem.key, problem.message), told)
     return list(found.values())

@@ -47,6 +47,12 @@ def test_files_that_are_still_there_are_offered_each_once_with_the_runs_own_prom
     assert found["prompts"] == "a cat --d 1"
 
 
+def test_settings_that_cannot_be_read_leave_the_prompts_to_be_typed_in(run):
+    run.config.write_text("{")
+    found = choosing.offer(run)
+    assert found["prompts"] == "" and len(found["files"]) == 2
+
+
 def test_the_grid_is_drawn_by_the_tool_with_the_runs_settings_and_shown_as_far_as_it_is(run, tools):
     assert choosing.poll(tools, run) == {"state": "none", "grid": None, "there": [], "folder": str(run.grid)}
     assert choosing.start(tools, run, [], {"at": "1", "prompts": "a cat"})[0].key == "loras"

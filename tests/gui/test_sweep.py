@@ -8,6 +8,7 @@ import pytest
 from gui import history, runs, sweep
 from gui.runs import Runs
 from gui.waiting import Queue
+from trainer import kohya
 from trainer.events import Ended, EventLog, Saved, Step
 from trainer.paths import DEMO
 from trainer.run import Run
@@ -32,13 +33,15 @@ def test_every_combination_is_a_run_named_after_what_it_has():
 
 
 def test_values_with_commas_switches_and_names_that_would_be_alike():
-    found, _ = sweep.plan(BASE, [["max_resolution", "512,512; 768,768"], ["save_state", "on, off"]])
+    found, _ = sweep.plan(BASE, [["max_resolution", "512,512; 768,768"], ["save_state", "On, off"]])
     assert [(one.values["max_resolution"], one.values["save_state"]) for one in found][:2] == [
         ("512,512", True),
         ("512,512", False),
     ]
-    found, _ = sweep.plan(BASE, [["vae", "a/b; a b"]])
-    assert [one.values["output_name"] for one in found] == ["cat-vae-a-b", "cat-vae-a-b-2"]
+    found, _ = sweep.plan(BASE, [["vae", f"/a/b; a b; {'/long' * 20}/c.vae"]])
+    names = [one.values["output_name"] for one in found]
+    assert names[:2] == ["cat-vae-a-b", "cat-vae-a-b-2"]
+    assert names[2].endswith("-long-c.vae") and len(names[2]) < 40, "it becomes the name of files"
 
 
 @pytest.mark.parametrize(
@@ -46,12 +49,14 @@ def test_values_with_commas_switches_and_names_that_would_be_alike():
     [
         ([], "Choose a parameter"),
         ([["learning_rate", " , "]], "Choose a parameter"),
+        ([["", "1,2"], []], "Choose a parameter"),
         ([["learning_rate", "1e-4"]], "make 1 runs"),
         ([["seed", ",".join(map(str, range(25)))]], "make 25 runs"),
         ([["seed", "1,2"], ["seed", "3,4"]], "the same one"),
         ([["no_such_key", "1,2"]], "no parameter"),
         ([["output_name", "a,b"]], "cannot be swept"),
         ([["wandb_api_key", "a,b"]], "cannot be swept"),
+        ([["sample_prompts", "a,b"]], "cannot be swept"),
     ],
 )
 def test_what_is_no_sweep_is_refused_in_words(fields, message):
@@ -61,11 +66,11 @@ def test_what_is_no_sweep_is_refused_in_words(fields, message):
 
 def test_each_combination_is_checked_and_a_problem_names_the_first_that_has_it():
     found, _ = sweep.plan(BASE, [["network_dim", "8, 0"], ["optimizer", "AdamW, Sgd"]])
-    wrong = {problem.key: problem.message for problem in sweep.check(found, {})}
+    wrong = {problem.key: problem.message for problem in sweep.check(found)}
     assert set(wrong) == {"network_dim", "optimizer"}
     assert wrong["network_dim"].startswith("with Network Rank (Dimension) 0, Optimizer AdamW:")
     assert wrong["optimizer"].startswith("with Network Rank (Dimension) 8, Optimizer Sgd:")
-    assert sweep.check(sweep.plan(BASE, [["network_dim", "8, 16"]])[0], {}) == []
+    assert sweep.check(sweep.plan(BASE, [["network_dim", "8, 16"]])[0]) == []
 
 
 @pytest.fixture
@@ -79,8 +84,9 @@ def queue(tmp_path, monkeypatch):
 
 def test_the_runs_of_a_sweep_are_queued_in_order_and_known_by_it_after_their_start(queue):
     found, _ = sweep.plan({**BASE, "training_comment": "steps=500"}, [["seed", "1,2,3"]])
-    sweep.enqueue(queue, found, {})
+    sweep.enqueue(queue, found, {"foreign": "kept"})
     assert [run.folder.name[16:] for run in queue.waiting()] == [f"cat-seed-{n}" for n in (1, 2, 3)]
+    assert [kohya.load(run.config).kept for run in queue.waiting()] == [{"foreign": "kept"}] * 3
     queue.start_next()
     (same,) = {queue.runs.summary(run_id)["sweep"] for run_id in queue.runs.ids()}
     assert same
