@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from trainer.networks import Network
 from trainer.schema import Config
 
 log = logging.getLogger(__name__)
@@ -27,13 +28,14 @@ MOST_GRAPHS = 64
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "lorawright" / "compiled"))
 
 
-def begin(model: Any, config: Config, *, steps: int, sizes: int, device: torch.device) -> bool:
+def begin(model: Any, network: Network, config: Config, *, steps: int, sizes: int, device: torch.device) -> bool:
     """Have the U-Net's blocks compiled when they are first called, if the settings want that or it pays.
 
+    By itself never for networks that draw, whose blocks would be compiled for each unit of ranks.
     `steps`: of the whole training, so that it is decided alike when it is resumed. `sizes`: how many buckets there are.
     """
     wanted = config.training.compiler
-    if wanted == "no" or (wanted == "auto" and not pays(model.unet, config, steps, device)):
+    if wanted == "no" or (wanted == "auto" and (network.draws or not pays(model.unet, config, steps, device))):
         return False
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     # A dropped value is the same one, compiled or not.

@@ -192,7 +192,7 @@ def prepare(
         resumed.restore(network, optimizer, scheduler, accelerator.scaler)
     repeats = [picture.repeats for picture in dataset.pictures]
     sizes = len({placement.bucket for placement in placements})
-    compiled = compiling.begin(model, config, steps=length.total_steps, sizes=sizes, device=device)
+    compiled = compiling.begin(model, network, config, steps=length.total_steps, sizes=sizes, device=device)
     give_back_memory()
     return Session(
         config=config,

@@ -91,6 +91,11 @@ class Network(torch.nn.Module):
         for layer in self._frozen.values():
             del layer.forward
 
+    @property
+    def draws(self) -> bool:
+        """Whether a step trains one unit of ranks, and the next another."""
+        return bool(self._drawing)
+
     def draw(self, share: float) -> None:
         """Choose the unit of ranks for the next step by a number of 0 ≤ share < 1, in the types that train one at a time."""
         for module in self._drawing:
