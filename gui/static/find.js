@@ -1,6 +1,7 @@
 // Finding a parameter by its label, its key, or a word of its help; a tool and what else has a tab the same way.
 
 const MOST_FOUND = 12;
+const ALSO = { vram: "memory", directory: "folder" }; // what others call it
 
 class Finder {
   constructor(form, server, tools) {
@@ -36,18 +37,27 @@ class Finder {
     }
   }
 
-  // All words must be there. Best first: what begins with the text, has it in its label, its key, its help.
+  // All words must be there, where any has them all. Best first: what begins with the text, has it in its label, its key, its help.
   find(text) {
     const wanted = text.trim().toLowerCase(), words = wanted.split(/\s+/);
     if (!wanted) return [];
     const rank = (p) => {
-      const label = p.label.toLowerCase(), within = (place) => words.every((word) => place.includes(word));
+      const label = p.label.toLowerCase(), within = (place) => words.every((word) => place.includes(word) || place.includes(ALSO[word] ?? word));
       if (label.startsWith(wanted) || p.key.toLowerCase().startsWith(wanted)) return 0;
       if (within(label)) return 1;
       if (within(p.key.toLowerCase())) return 2;
       return within(`${label} ${p.key} ${p.help}`.toLowerCase()) ? 3 : 4;
     };
-    return [...this.form.table, ...this.places].map((p) => [rank(p), p]).filter(([r]) => r < 4).sort(([a], [b]) => a - b).map(([, p]) => p);
+    const all = [...this.form.table, ...this.places];
+    const found = all.map((p) => [rank(p), p]).filter(([r]) => r < 4).sort(([a], [b]) => a - b);
+    return (found.length ? found : this.alike(all, words)).map(([, p]) => p);
+  }
+
+  // What has all of the words but one: other programs call it otherwise ("LR # cycles"). Most in the label first.
+  alike(all, words) {
+    const count = (text) => words.filter((word) => text.toLowerCase().includes(word)).length;
+    const near = words.length > 1 ? all.filter((p) => count(p.label) && count(`${p.label} ${p.key} ${p.help}`) === words.length - 1) : [];
+    return near.map((p) => [count(p.label), p]).sort(([a], [b]) => b - a);
   }
 
   show() {

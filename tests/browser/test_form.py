@@ -168,6 +168,8 @@ def test_a_parameter_is_found_by_its_label_its_key_and_its_help(server, visit):
         ("lr_warmup", "LR warmup"),
         ("linocut or no such thing", "Nothing found."),
         ("forget intermediate", "Gradient checkpointing"),
+        ("regularisation directory", "Regularisation folder"),
+        ("LR # cycles", "LR number of cycles"),
     ):
         page.keyboard.type(words)
         page.wait_for_function(
