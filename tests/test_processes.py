@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from tests.test_training import of_type
 from trainer import loop, schema
-from trainer.errors import ConfigError
+from trainer.__main__ import main
+from trainer.errors import ConfigError, TrainingError
 from trainer.processes import Place, followed
-from trainer.run import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run
+from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run
 
 
 @pytest.fixture
@@ -111,6 +112,46 @@ def test_training_sees_the_gpus_that_are_named_and_no_others(tmp_path, monkeypat
     with followed(Run(tmp_path), 1, "0,2", {}, print):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,2"
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As a launcher leaves the environment for a process of this rank of two."""
+
+    def launched(rank):
+        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+        for name, value in (place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}).items():
+            monkeypatch.setenv(name, str(value))
+
+    return launched
+
+
+@pytest.mark.proves("gpu_ids")
+def test_a_process_that_a_launcher_started_sees_the_named_gpus_and_tells_why_it_ends(
+    launched, settings, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launched(1)
+
+    def prepare(config, run, emit):
+        raise TrainingError("file", f"It sees {os.environ['CUDA_VISIBLE_DEVICES']}.")
+
+    monkeypatch.setattr("trainer.prepare.prepare", prepare)
+    preset = tmp_path / "preset.json"
+    preset.write_text(json.dumps(settings | {"gpu_ids": "0,2"}))
+    assert main(["train", str(preset), "--run", str(tmp_path / "run")]) == EXIT_FAILED
+    told = json.loads((tmp_path / "run" / "process1.failed").read_text())
+    assert (told["kind"], told["message"]) == ("file", "It sees 0,2.")
+
+
+def test_what_a_launcher_started_is_not_started_again_and_needs_one_folder(launched, tmp_path, capsys):
+    launched(0)
+    with followed(Run(tmp_path), 2, "", {}, print):
+        assert not psutil.Process().children()
+    preset = tmp_path / "preset.json"
+    preset.write_text("{}")
+    assert main(["train", str(preset)]) == EXIT_CONFIG
+    assert "--run FOLDER" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
