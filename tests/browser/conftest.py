@@ -74,9 +74,9 @@ class Server:
                 return
         raise RuntimeError(f"the server ended with {self.process.wait()}")
 
-    def stop(self) -> None:
+    def stop(self, by: signal.Signals = signal.SIGTERM) -> None:
         if self.process and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            self.process.send_signal(by)
             self.process.wait(10)
 
     def end_runs(self) -> None:
@@ -139,13 +139,16 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture
-def visit(chromium) -> Iterator[Callable]:
-    """Open a page and wait until it is usable. Errors in it and requests to other hosts fail the test."""
-    found: list[str] = []
-    contexts = []
+class Visits:
+    """Pages opened in Chromium. Errors in them and requests to other hosts are gathered."""
 
-    def open_page(
+    def __init__(self, browser) -> None:
+        self.browser = browser
+        self.contexts: list = []
+        self.found: list[str] = []
+
+    def __call__(
+        self,
         server: Server,
         path: str = "",
         width: int = 1440,
@@ -154,24 +157,29 @@ def visit(chromium) -> Iterator[Callable]:
         ready: bool = True,
         context=None,
     ):
+        """Open a page and wait until it is usable."""
         if context is None:
-            context = chromium.new_context(
+            context = self.browser.new_context(
                 viewport={"width": width, "height": height},
                 color_scheme="dark" if dark else "light",
                 accept_downloads=True,
             )
-            contexts.append(context)
+            self.contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(15000)
-        page.on("pageerror", lambda error: found.append(f"error in the page: {error}"))
+        page.on("pageerror", lambda error: self.found.append(f"error in the page: {error}"))
         page.on(
             "console",
-            lambda m: found.append(f"console: {m.text}") if "js_on_load" in m.text or "Uncaught" in m.text else None,
+            lambda m: (
+                self.found.append(f"console: {m.text}") if "js_on_load" in m.text or "Uncaught" in m.text else None
+            ),
         )
         page.on(
             "request",
             lambda r: (
-                None if r.url.startswith((server.url, "data:", "blob:")) else found.append(f"foreign request: {r.url}")
+                None
+                if r.url.startswith((server.url, "data:", "blob:"))
+                else self.found.append(f"foreign request: {r.url}")
             ),
         )
         page.goto(server.url + path)
@@ -179,10 +187,64 @@ def visit(chromium) -> Iterator[Callable]:
             wait_ready(page)
         return page
 
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not found, "\n".join(found)
+    def check(self) -> None:
+        """Fail if anything was found since the last time."""
+        found, self.found = self.found, []
+        assert not found, "\n".join(found)
+
+    def close(self) -> None:
+        for context in self.contexts:
+            context.close()
+        self.contexts.clear()
+
+
+@pytest.fixture
+def visit(chromium) -> Iterator[Visits]:
+    """Open pages, whose errors and requests to other hosts fail the test."""
+    visits = Visits(chromium)
+    yield visits
+    visits.close()
+    visits.check()
+
+
+@pytest.fixture(scope="module")
+def _left_open(chromium) -> Iterator[Visits]:
+    visits = Visits(chromium)
+    yield visits
+    visits.close()
+
+
+@pytest.fixture
+def page(request, server, _left_open):
+    """A page at its defaults, on its first tab.
+
+    Chromium takes two seconds of one core to put a page together. Tests that only fill the form share one, which
+    goes back by its own means; after a test that failed, the next one gets a new page.
+    """
+    if _left_open.contexts and _left_open.failures == request.session.testsfailed:
+        page = _left_open.contexts[0].pages[0]
+        put_back(page)
+    else:
+        _left_open.close()
+        page = _left_open(server)
+    _left_open.failures = request.session.testsfailed
+    yield page
+    _left_open.check()
+
+
+def put_back(page) -> None:
+    """A page in use goes back to the defaults and the first tab, and its list of presets is that of the server."""
+    page.set_viewport_size({"width": 1440, "height": 900})
+    page.emulate_media(color_scheme="light")
+    page.keyboard.press("Escape")
+    page.mouse.move(0, 0)
+    page.locator("dialog").wait_for(state="detached")
+    page.get_by_role("button", name="Reset to defaults").click()
+    page.wait_for_selector("#lw-banner >> text=All parameters are back at their defaults")
+    page.wait_for_selector("#lw-changed >> text=all default")
+    page.get_by_role("button", name="Dismiss").click()
+    open_tab(page, "Parameters", "Basic", "Source model")
+    page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
 
 
 def wait_ready(page) -> None:

@@ -6,6 +6,8 @@ from PIL import Image
 from tests.browser.conftest import open_tab, set_text, shown, wait_drafted, wait_ready
 
 OLD = {
+    "sample_prompts": "a\nb",
+    "v2": True,
     "learning_rate": "fast",
     "network_dim": "16",
     "xformers": True,
@@ -20,15 +22,29 @@ def put_preset(server, name, values):
     (folder / f"{name}.json").write_text(json.dumps(values))
 
 
+PRESETS = {
+    "old": OLD,
+    "wrong": {"learning_rate": "fast", "keep_tokens": -1},
+    "constant": {"lr_scheduler": "constant"},
+    "mine": {"network_dim": 32, "learning_rate": "1e-4", "cache_latents": False, "epoch": ""},
+}
+
+
+@pytest.fixture
+def server(server):
+    """With presets that the page lists from its start."""
+    for name, values in PRESETS.items():
+        put_preset(server, name, values)
+    return server
+
+
 def load(page, name):
     page.select_option("#lw-preset", f"own/{name}")
     page.get_by_role("button", name="Load", exact=True).click()
     page.wait_for_selector(f"#lw-banner >> text=Loaded “{name}”")
 
 
-def test_a_preset_fills_every_tab_and_tells_what_became_of_its_keys(server, visit):
-    put_preset(server, "old", {**OLD, "sample_prompts": "a\nb", "v2": True})
-    page = visit(server)
+def test_a_preset_fills_every_tab_and_tells_what_became_of_its_keys(page):
     open_tab(page, "Samples")
     set_text(page, "sample_sampler", "ddim")
     load(page, "old")
@@ -50,10 +66,9 @@ def test_a_preset_fills_every_tab_and_tells_what_became_of_its_keys(server, visi
 
 
 @pytest.mark.parametrize("width", [1440, 390])
-def test_the_banner_names_the_control_and_a_click_focuses_it(server, visit, width):
-    put_preset(server, "old", {"learning_rate": "fast", "keep_tokens": -1})
-    page = visit(server, width=width)
-    load(page, "old")
+def test_the_banner_names_the_control_and_a_click_focuses_it(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    load(page, "wrong")
     told = page.evaluate(
         "() => { for (const id of ['lw-check', 'lw-reset']) document.getElementById(id).click();"
         " return document.getElementById('lw-banner').textContent; }"
@@ -68,8 +83,7 @@ def test_the_banner_names_the_control_and_a_click_focuses_it(server, visit, widt
     page.wait_for_function("document.activeElement.closest('.field')?.id === 'field-keep_tokens'")
 
 
-def test_a_change_survives_a_reload_and_is_marked(server, visit):
-    page = visit(server)
+def test_a_change_survives_a_reload_and_is_marked(page):
     assert page.inner_text("#lw-changed") == "all default"
     open_tab(page, "Parameters")
     set_text(page, "network_dim", "32")
@@ -88,8 +102,7 @@ def test_a_change_survives_a_reload_and_is_marked(server, visit):
     assert not page.get_by_label("Cache latents", exact=True).is_checked()
 
 
-def test_pasted_and_deleted_text_counts_as_a_change(server, visit):
-    page = visit(server)
+def test_pasted_and_deleted_text_counts_as_a_change(page):
     box = page.locator("#field-training_comment input")
     box.evaluate("box => { box.focus(); document.execCommand('insertText', false, 'pasted'); }")
     page.wait_for_selector("#lw-changed >> text=1 changed")
@@ -98,8 +111,7 @@ def test_pasted_and_deleted_text_counts_as_a_change(server, visit):
     page.wait_for_selector("#lw-changed >> text=all default")
 
 
-def test_a_number_that_means_the_default_is_no_change(server, visit):
-    page = visit(server)
+def test_a_number_that_means_the_default_is_no_change(page):
     open_tab(page, "Parameters")
     set_text(page, "learning_rate", "1e-4")
     set_text(page, "epoch", "")
@@ -108,25 +120,19 @@ def test_a_number_that_means_the_default_is_no_change(server, visit):
     page.wait_for_selector("#lw-changed >> text=2 changed")
 
 
-def test_controls_come_and_go_with_what_they_depend_on(server, visit):
-    page = visit(server)
+def test_controls_come_and_go_with_what_they_depend_on(page):
     open_tab(page, "Parameters")
     cycles, warmup = page.locator("#field-lr_scheduler_num_cycles"), page.locator("#field-lr_warmup")
     assert cycles.is_hidden() and warmup.is_visible()
     page.locator("#field-lr_scheduler input").click()
     page.get_by_role("option", name="cosine_with_restarts").click()
     cycles.wait_for(state="visible")
-    put_preset(server, "constant", {"lr_scheduler": "constant"})
-    page.reload()
-    wait_ready(page)
     load(page, "constant")
-    open_tab(page, "Parameters")
     cycles.wait_for(state="hidden")
     warmup.wait_for(state="hidden")
 
 
-def test_a_bad_value_is_marked_while_it_is_typed(server, visit):
-    page = visit(server)
+def test_a_bad_value_is_marked_while_it_is_typed(page):
     open_tab(page, "Parameters")
     set_text(page, "epoch", "many")
     page.wait_for_selector("#field-epoch input[aria-invalid]")
@@ -137,8 +143,7 @@ def test_a_bad_value_is_marked_while_it_is_typed(server, visit):
     page.wait_for_selector("#field-epoch input:not([aria-invalid])")
 
 
-def test_help_opens_by_keyboard_and_by_mouse(server, visit):
-    page = visit(server)
+def test_help_opens_by_keyboard_and_by_mouse(page):
     tip = page.get_by_role("tooltip")
     page.get_by_role("button", name="Help for VAE").hover()
     assert "Another VAE" in tip.inner_text()
@@ -151,16 +156,14 @@ def test_help_opens_by_keyboard_and_by_mouse(server, visit):
     tip.wait_for(state="hidden")
 
 
-def test_the_keyboard_stops_once_at_a_field(server, visit):
-    page = visit(server)
+def test_the_keyboard_stops_once_at_a_field(page):
     page.locator("#field-metadata_author input").focus()
     for key in ("metadata_description", "metadata_license", "metadata_tags"):
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.closest('.field').id") == f"field-{key}"
 
 
-def test_a_parameter_is_found_by_its_label_its_key_and_its_help(server, visit):
-    page = visit(server)
+def test_a_parameter_is_found_by_its_label_its_key_and_its_help(page):
     page.keyboard.press("Control+K")
     found = page.get_by_role("listbox", name="Parameters found").get_by_role("option")
     for words, first in (
@@ -186,8 +189,7 @@ def test_a_parameter_is_found_by_its_label_its_key_and_its_help(server, visit):
     assert found.count() == 0
 
 
-def test_a_changed_field_goes_back_to_its_default_by_its_dot_and_comes_back_by_undo(server, visit):
-    page = visit(server)
+def test_a_changed_field_goes_back_to_its_default_by_its_dot_and_comes_back_by_undo(page):
     open_tab(page, "Parameters")
     assert page.get_by_role("button", name="Reset Network Rank").is_hidden()
     set_text(page, "network_dim", "32")
@@ -206,9 +208,7 @@ def test_a_changed_field_goes_back_to_its_default_by_its_dot_and_comes_back_by_u
     assert page.get_by_label("Cache latents", exact=True).is_checked()
 
 
-def test_what_a_preset_would_change_is_told_before_it_is_loaded(server, visit):
-    put_preset(server, "mine", {"network_dim": 32, "learning_rate": "1e-4", "cache_latents": False, "epoch": ""})
-    page = visit(server)
+def test_what_a_preset_would_change_is_told_before_it_is_loaded(page):
     page.select_option("#lw-preset", "own/mine")
     page.get_by_role("button", name="Diff").click()
     page.wait_for_selector("#lw-banner >> text=“mine” would change 2 parameters")
@@ -221,11 +221,10 @@ def test_what_a_preset_would_change_is_told_before_it_is_loaded(server, visit):
     page.wait_for_selector("#lw-banner >> text=“mine” is what the form shows")
 
 
-def test_what_changed_since_the_last_run_is_told_and_can_be_taken_back(server, visit):
+def test_what_changed_since_the_last_run_is_told_and_can_be_taken_back(server, page):
     run = server.runs / "20260101-000000-last"
     run.mkdir()
     (run / "config.json").write_text('{"network_dim": 16}')
-    page = visit(server)
     open_tab(page, "Parameters")
     set_text(page, "epoch", "3")
     page.wait_for_selector("#lw-changed >> text=1 changed")
@@ -239,9 +238,7 @@ def test_what_changed_since_the_last_run_is_told_and_can_be_taken_back(server, v
     assert shown(page, "epoch") == "1"
 
 
-def test_the_preset_is_no_longer_named_when_the_form_was_filled_with_something_else(server, visit):
-    put_preset(server, "mine", {"network_dim": 32})
-    page = visit(server)
+def test_the_preset_is_no_longer_named_when_the_form_was_filled_with_something_else(page):
     load(page, "mine")
     open_tab(page, "Config (JSON)")
     page.get_by_label("Settings as JSON").fill('{"network_dim": 12}')
@@ -256,16 +253,14 @@ def test_the_preset_is_no_longer_named_when_the_form_was_filled_with_something_e
     assert page.locator("#lw-preset").input_value() == "own/mine"
 
 
-def test_leaving_a_dropdown_by_tab_closes_its_list(server, visit):
-    page = visit(server)
+def test_leaving_a_dropdown_by_tab_closes_its_list(page):
     page.locator("#field-save_precision input").click()
     page.get_by_role("option", name="bf16").wait_for()
     page.keyboard.press("Tab")
     page.get_by_role("option", name="bf16").wait_for(state="detached")
 
 
-def test_saving_asks_before_it_replaces_and_the_preset_comes_back(server, visit):
-    page = visit(server)
+def test_saving_asks_before_it_replaces_and_the_preset_comes_back(page):
     set_text(page, "training_comment", "first")
     for comment, replaces in (("first", False), ("second", True)):
         set_text(page, "training_comment", comment)
@@ -284,8 +279,7 @@ def test_saving_asks_before_it_replaces_and_the_preset_comes_back(server, visit)
     assert page.evaluate("document.getElementById('lw-preset').selectedOptions[0].textContent") == "Mine (ü)"
 
 
-def test_a_path_is_picked_in_the_browser_of_folders(server, visit):
-    page = visit(server)
+def test_a_path_is_picked_in_the_browser_of_folders(page):
     open_tab(page, "Folders")
     page.get_by_role("button", name="Browse for Image folder").click()
     page.get_by_role("option", name="files").click()
@@ -297,8 +291,7 @@ def test_a_path_is_picked_in_the_browser_of_folders(server, visit):
 
 
 @pytest.mark.proves("model_list")
-def test_a_model_that_was_found_can_be_picked_and_typing_a_path_ends_the_pick(server, visit):
-    page = visit(server)
+def test_a_model_that_was_found_can_be_picked_and_typing_a_path_ends_the_pick(page):
     page.locator("#field-model_list input").click()
     page.get_by_role("option", name="toy.safetensors").click()
     path = page.locator("#field-pretrained_model_name_or_path input")
@@ -311,8 +304,7 @@ def test_a_model_that_was_found_can_be_picked_and_typing_a_path_ends_the_pick(se
     assert path.input_value() == "/elsewhere"
 
 
-def test_the_json_of_the_form_can_be_edited_and_errors_have_a_line(server, visit):
-    page = visit(server)
+def test_the_json_of_the_form_can_be_edited_and_errors_have_a_line(page):
     open_tab(page, "Config (JSON)")
     box = page.get_by_label("Settings as JSON")
     page.wait_for_function("document.getElementById('lw-json').value.includes('network_dim')")
@@ -359,8 +351,7 @@ def test_a_phone_shows_every_tab_and_never_scrolls_sideways(server, visit, dark)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
 
 
-def test_every_control_has_a_name(server, visit):
-    page = visit(server)
+def test_every_control_has_a_name(page):
     for tabs in (
         ["Source model"],
         ["Folders"],

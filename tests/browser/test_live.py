@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from tests.browser.conftest import FAKE, eventually, open_tab, serving, set_text, wait_ready, wait_state
+from tests.browser.test_form import load, put_preset
 from trainer.events import EventLog, Phase, Started, Step
 from trainer.run import Run
 
@@ -132,7 +133,7 @@ def test_another_server_finds_the_run_and_the_page_goes_on(tmp_path, visit):
         page = visit(server)
         start(page, "steps=3000 pause=0.02")
         wait_state(page, "running")
-        server.stop()
+        server.stop(signal.SIGKILL)
         assert "unreachable" in wait_state(page, "unreachable")
         assert "not affected" in page.inner_text("#lw-sentence")
         server.start()
@@ -144,15 +145,20 @@ def test_another_server_finds_the_run_and_the_page_goes_on(tmp_path, visit):
         wait_state(page, "stopped")
 
 
-def test_a_crash_shows_its_cause_the_controls_that_help_and_the_whole_log(server, visit):
+def test_memory_that_really_ends_shows_as_its_cause_the_controls_that_help_and_the_whole_log(server, visit):
+    big = {"train_data_dir": "embedded:images", "caption_extension": ".txt", "cache_latents": True}
+    big |= {"max_resolution": "512,512", "train_batch_size": 96, "num_cpu_threads_per_process": 1}
+    put_preset(server, "big", big | {"training_comment": "room=1000"})
     page = visit(server)
-    start(page, "steps=10 crash")
-    wait_state(page, "crashed")
+    load(page, "big")
+    page.get_by_role("button", name="Start training").click()
+    wait_state(page, "starting", patience_s=60)
+    wait_state(page, "crashed", patience_s=60)
     crash = page.locator("#lw-crash")
-    assert "The memory is full." in crash.inner_text() and "Lower Train batch size." in crash.inner_text()
+    assert "The memory is full" in crash.inner_text() and "lower it from 96" in crash.inner_text()
     with page.expect_download() as download:
         crash.get_by_role("button", name="Whole log").click()
-    assert "MemoryError" in download.value.path().read_text()
+    assert "can't allocate memory: you tried to allocate" in download.value.path().read_text()
     crash.get_by_role("button", name="Train batch size").click()
     page.wait_for_function("document.activeElement.closest('.field')?.id === 'field-train_batch_size'")
 

@@ -3,6 +3,7 @@
 How it behaves is said in the preset's `training_comment`, as words:
     steps=N  pause=SECONDS a step  crash  killed  exit=CODE  deaf (takes no requests)  silent (no steps at all)
     loss=FACTOR  state (one is saved after a quarter of the steps)
+    room=MEGABYTES (no stand-in: the real trainer, which may take that much more than its libraries do)
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def train(path: Path, folder: Path) -> int:
     values = kohya.load(path).values
     words = dict(word.partition("=")[::2] for word in str(values.get("training_comment", "")).split())
     total, pause = int(words.get("steps", 20)), float(words.get("pause", 0.02))
+    if "room" in words:
+        return train_for_real(int(words["room"]) << 20)
     run = Run(folder)
     run.claim()
     events = EventLog(run.events)
@@ -102,6 +105,17 @@ def train(path: Path, folder: Path) -> int:
             return 3
     events.emit(Ended("done", total, save(run, events, total, "final"), 1.0))
     return 0
+
+
+def train_for_real(room: int) -> int:
+    """The real training, whose requests for memory are refused from `room` bytes on."""
+    import resource
+
+    import trainer.loop  # noqa: F401
+
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + room, held + room))
+    return main()
 
 
 def sample(run: Run, events: EventLog, step: int, prompts: list[str]) -> None:
