@@ -97,5 +97,16 @@ def test_the_batch_with_the_most_pixels_is_tried(settings):
     assert (trying.bucket, trying.images) == ((96, 96), 2)
 
 
+def test_the_time_of_all_counts_preparation_every_step_and_every_picture(settings):
+    """Of 6 images 2 were tried: caching takes three times as long, and all else before the steps as long as here."""
+    drawn = {"sample_every_n_steps": 4, "sample_every_n_epochs": 2, "sample_prompts": "a cat\n\na dog"}
+    trying = trial._Trying(parse(settings | drawn), SimpleNamespace(summary=trial_summary()), None)
+    trying.images = 2
+    trying.took |= {"loading the base model": 20, "caching latents": 3, "steps": 50, "drawing a picture": 60}
+    pictures = 2 * (1 + 10 // 4 + 5 // 2)  # prompts, before the first step, by steps, by epochs
+    assert trying._in_all(2.0, 7.0) == 20 + 3 * 3 + 10 * 2.0 + pictures * 7.0
+    assert trying._in_all(2.0, None) == 20 + 3 * 3 + 10 * 2.0
+
+
 def trial_summary():
-    return SimpleNamespace(images=6, regularisation=0)
+    return SimpleNamespace(images=6, regularisation=0, total_steps=10, epochs=5)
