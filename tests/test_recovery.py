@@ -110,6 +110,16 @@ def test_what_goes_on_from_a_state_behind_a_return_is_the_training_that_never_st
 
 
 @pytest.mark.proves("go_back_on_nan")
+def test_a_text_encoder_that_rests_already_is_trained_again_behind_the_return(settings, train, tmp_path, ruin):
+    ruin({7})
+    settings |= GOING_BACK | {"save_every_n_steps": 4, "max_train_steps": 8}
+    code, events, _ = train(settings | {"stop_text_encoder_training": 70})  # it rests from step 6 on
+    assert code == EXIT_DONE and "goes back to step 4" in told(events, "goes back")[0]
+    before, after = (load_file(tmp_path / "out" / f"photo{at}.safetensors") for at in ("-step00000004", ""))
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("lora_te_"))
+
+
+@pytest.mark.proves("go_back_on_nan")
 @pytest.mark.parametrize(("bad", "returns"), [(set(range(3, 99)), 3), ({1}, 0)])
 def test_it_ends_after_three_returns_and_where_there_is_no_state_yet(settings, train, ruin, bad, returns):
     ruin(bad)
