@@ -218,8 +218,8 @@ def _left_open(chromium) -> Iterator[Visits]:
 def page(request, server, _left_open):
     """A page at its defaults, on its first tab.
 
-    Chromium takes two seconds of one core to put a page together. Tests that only fill the form share one, which
-    goes back by its own means; after a test that failed, the next one gets a new page.
+    Chromium takes two seconds of one core to put a page together. The tests of a module that need no page of
+    their own share one, which goes back by its own means; after a test that failed, the next one gets a new page.
     """
     if _left_open.contexts and _left_open.failures == request.session.testsfailed:
         page = _left_open.contexts[0].pages[0]
@@ -244,6 +244,8 @@ def put_back(page) -> None:
     page.wait_for_selector("#lw-changed >> text=all default")
     page.get_by_role("button", name="Dismiss").click()
     open_tab(page, "Parameters", "Basic", "Source model")
+    page.evaluate("document.getElementById('lw-latest').click()")  # what was pinned is gone
+    page.wait_for_selector("#lw-pill[data-state=idle]")
     page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
 
 

@@ -20,8 +20,7 @@ def texts(folder):
     return [path.read_text() for path in sorted(folder.glob("*.caption"))]
 
 
-def test_captions_are_edited_one_by_one_and_all_at_once_and_taken_back(server, visit, cats):
-    page = visit(server)
+def test_captions_are_edited_one_by_one_and_all_at_once_and_taken_back(page, cats):
     open_tab(page, "Folders")
     set_text(page, "train_data_dir", str(cats.parent))
     open_tab(page, "Dataset")
@@ -51,12 +50,11 @@ def test_captions_are_edited_one_by_one_and_all_at_once_and_taken_back(server, v
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_a_caption_that_may_not_be_written_goes_back_and_says_why(server, visit, cats, tmp_path):
+def test_a_caption_that_may_not_be_written_goes_back_and_says_why(page, cats, tmp_path):
     folder = tmp_path / "1_dog"
     folder.mkdir()
     Image.new("RGB", (96, 96)).save(folder / "d.png")
     (folder / "d.caption").write_text("dog")
-    page = visit(server)
     open_tab(page, "Folders")
     set_text(page, "train_data_dir", str(tmp_path))
     open_tab(page, "Dataset")
@@ -67,12 +65,11 @@ def test_a_caption_that_may_not_be_written_goes_back_and_says_why(server, visit,
     assert box.input_value() == "dog" and (folder / "d.caption").read_text() == "dog"
 
 
-def test_a_look_at_the_pixels_finds_the_copy(server, visit, tmp_path):
+def test_a_look_at_the_pixels_finds_the_copy(page, tmp_path):
     folder = tmp_path / "1_dog"
     folder.mkdir()
     Image.effect_mandelbrot((96, 96), (-2, -1.5, 1, 1.5), 20).save(folder / "a.png")
     Image.open(folder / "a.png").resize((80, 80)).save(folder / "b.png")
-    page = visit(server)
     open_tab(page, "Folders")
     set_text(page, "train_data_dir", str(tmp_path))
     open_tab(page, "Dataset")

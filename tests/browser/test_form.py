@@ -343,8 +343,9 @@ def test_what_will_be_trained_follows_the_form_and_the_dataset_shows_each_image_
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_phone_shows_every_tab_and_never_scrolls_sideways(server, visit, dark):
-    page = visit(server, width=390, height=844, dark=dark)
+def test_a_phone_shows_every_tab_and_never_scrolls_sideways(page, dark):
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.emulate_media(color_scheme="dark" if dark else "light")
     for tab in ("Folders", "Parameters", "Advanced", "Samples", "Dataset", "Config (JSON)", "Runs", "Tools"):
         open_tab(page, tab)
         page.wait_for_timeout(150)

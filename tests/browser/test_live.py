@@ -109,10 +109,9 @@ def assert_the_file_is_marked_as_verified(page):
     assert detail.is_visible() and proof.get_by_text("Other UI knows no LoKr.").is_visible()
 
 
-def test_the_log_folds_progress_bars_and_can_be_paused(server, visit, alive):
+def test_the_log_folds_progress_bars_and_can_be_paused(page, alive):
     run = alive()
     run.log.write_text("".join(f"line {n}\n" for n in range(100_000)) + "loading:  10%\rloading: 100%\n")
-    page = visit(server)
     log = page.locator("#lw-log")
     page.wait_for_function("document.getElementById('lw-log').textContent.includes('line 99999')")
     text = log.text_content()
@@ -163,8 +162,7 @@ def test_memory_that_really_ends_shows_as_its_cause_the_controls_that_help_and_t
     page.wait_for_function("document.activeElement.closest('.field')?.id === 'field-train_batch_size'")
 
 
-def test_a_trainer_ended_by_the_system_is_told_in_plain_words(server, visit):
-    page = visit(server)
+def test_a_trainer_ended_by_the_system_is_told_in_plain_words(server, page):
     start(page, "steps=5000")
     wait_state(page, "running")
     (run,) = [Run(folder) for folder in server.runs.glob("2*")]
@@ -176,8 +174,7 @@ def test_a_trainer_ended_by_the_system_is_told_in_plain_words(server, visit):
     page.wait_for_selector("#lw-crash >> text=SIGKILL")
 
 
-def test_kill_is_offered_after_a_minute_of_stopping_and_asks(server, visit):
-    page = visit(server)
+def test_kill_is_offered_after_a_minute_of_stopping_and_asks(server, page):
     start(page, "steps=5000 deaf")
     wait_state(page, "running")
     kill = page.get_by_role("button", name="Kill", exact=True)
@@ -196,13 +193,12 @@ def test_kill_is_offered_after_a_minute_of_stopping_and_asks(server, visit):
     assert run.process() is None
 
 
-def test_silence_turns_amber_and_names_the_phase(server, visit, alive):
+def test_silence_turns_amber_and_names_the_phase(page, alive):
     run = alive()
     lines = [
         {"type": "phase", "time": time.time() - 200, "name": "caching latents", "done": 120, "total": 400},
     ]
     run.events.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = visit(server)
     assert "caching latents 120/400" in wait_state(page, "quiet")
     assert "No sign of life for 3 min" in page.inner_text("#lw-sentence")
     run.request("stop")
@@ -210,14 +206,13 @@ def test_silence_turns_amber_and_names_the_phase(server, visit, alive):
     page.wait_for_selector("#lw-sentence >> text=The picture is left unfinished; it stops after one more step.")
 
 
-def test_a_long_run_arrives_in_parts_and_stays_fluent(server, visit, alive):
+def test_a_long_run_arrives_in_parts_and_stays_fluent(page, alive):
     run = alive()
     events = EventLog(run.events)
     events.emit(Started("x", "sd1", "cpu", "no", 1, 1, 1, 8000, 1, 1))
     events.emit(Phase("training", 0, 8000))
     for n in range(1, 5001):
         events.emit(Step(n, 8000, 1, 1, 0.1 + 1 / n, 0.1 + 1 / n, 1e-4, None, 2.0, None, 0))
-    page = visit(server)
     page.wait_for_function("document.getElementById('lw-pill').textContent.includes('5000/8000')")
     page.wait_for_function("document.getElementById('lw-readout').textContent.includes('step 5000')")
     share = page.evaluate(
@@ -231,8 +226,7 @@ def test_a_long_run_arrives_in_parts_and_stays_fluent(server, visit, alive):
     assert share < 0.2
 
 
-def test_an_older_run_can_be_watched_and_stays_after_a_reload(server, visit):
-    page = visit(server)
+def test_an_older_run_can_be_watched_and_stays_after_a_reload(server, page):
     for words in ("steps=3", "steps=5"):
         start(page, words)
         wait_state(page, "starting", "running")
@@ -249,8 +243,7 @@ def test_an_older_run_can_be_watched_and_stays_after_a_reload(server, visit):
     page.wait_for_selector("#lw-pill >> text=done · 5 steps")
 
 
-def test_samples_open_large_and_arrows_go_through_steps(server, visit):
-    page = visit(server)
+def test_samples_open_large_and_arrows_go_through_steps(page):
     start(page, "steps=8")
     wait_state(page, "starting", "running")
     wait_state(page, "done")

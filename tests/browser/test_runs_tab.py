@@ -47,8 +47,7 @@ def told_in(page, label):
     }
 
 
-def test_a_crashed_run_goes_on_from_its_state_with_one_button(server, visit):
-    page = visit(server)
+def test_a_crashed_run_goes_on_from_its_state_with_one_button(server, page):
     crashed = ended(server, page, "steps=8 state crash", "crashed")
     enter(page, words="something else")
     page.locator("#lw-resume").click()
@@ -59,8 +58,7 @@ def test_a_crashed_run_goes_on_from_its_state_with_one_button(server, visit):
     assert json.loads((again / "config.json").read_text())["resume"] == str(crashed / "output" / "last-state")
 
 
-def test_what_cannot_be_resumed_now_leaves_the_form_alone_and_what_never_can_says_why(server, visit):
-    page = visit(server)
+def test_what_cannot_be_resumed_now_leaves_the_form_alone_and_what_never_can_says_why(server, page):
     open_tab(page, "Runs")
     page.wait_for_selector("text=No runs yet. Each training that you start is listed here")
     hopeless = ended(server, page, "steps=8 crash", "crashed")
@@ -80,8 +78,7 @@ def test_what_cannot_be_resumed_now_leaves_the_form_alone_and_what_never_can_say
     assert shown(page, "training_comment") == "steps=3000"
 
 
-def test_a_run_is_repeated_its_files_fetched_and_then_deleted_with_care(server, visit):
-    page = visit(server)
+def test_a_run_is_repeated_its_files_fetched_and_then_deleted_with_care(server, page):
     run = ended(server, page, "steps=4")
     (run / "notes.txt").write_text("mine")
     enter(page, words="something else")
@@ -107,8 +104,7 @@ def test_a_run_is_repeated_its_files_fetched_and_then_deleted_with_care(server, 
     eventually(lambda: [path.name for path in run.iterdir()] == ["notes.txt"])
 
 
-def test_runs_are_compared_side_by_side(server, visit):
-    page = visit(server)
+def test_runs_are_compared_side_by_side(server, page):
     first = ended(server, page, "steps=8", name="first")
     enter(page, rank="16")
     second = ended(server, page, "steps=16 loss=2", name="second")
@@ -161,8 +157,7 @@ def test_runs_are_compared_side_by_side(server, visit):
     eventually(lambda: page.evaluate(coloured))
 
 
-def test_settings_wait_in_the_queue_change_places_and_start_in_turn(server, visit):
-    page = visit(server)
+def test_settings_wait_in_the_queue_change_places_and_start_in_turn(server, page):
     start(page, "steps=3000 pause=0.02")
     wait_state(page, "running")
     for name in ("second", "third", "fourth"):
@@ -218,8 +213,7 @@ def test_a_sweep_is_checked_queued_and_ends_in_a_table(server, visit):
     assert all("last.safetensors" in row["File"] and "step 2" in row["Lowest loss"] for row in told.values())
 
 
-def test_a_grid_is_shown_as_it_is_drawn_and_a_file_chosen_from_it(server, visit):
-    page = visit(server)
+def test_a_grid_is_shown_as_it_is_drawn_and_a_file_chosen_from_it(server, page):
     run = ended(server, page, "steps=4")
     (run / "grid").mkdir()
     index = {"rows": ["last.safetensors"], "at": [0, 1], "pictures": [[["a.png"], ["b.png"]]], "lines": "a cat --d 7"}
@@ -247,8 +241,7 @@ def test_a_grid_is_shown_as_it_is_drawn_and_a_file_chosen_from_it(server, visit)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_the_tab_fits_a_phone(server, visit):
-    page = visit(server)
+def test_the_tab_fits_a_phone(server, page):
     run = ended(server, page, "steps=4")
     page.set_viewport_size({"width": 390, "height": 800})
     page.evaluate(
