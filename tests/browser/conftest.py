@@ -88,10 +88,17 @@ class Server:
 
     def forget(self) -> None:
         """Back to a form at its defaults; the server keeps no state of its own."""
-        self.end_runs()
-        for item in self.runs.iterdir():
-            # A draft that is just being written takes its temporary name away by itself.
-            shutil.rmtree(item, ignore_errors=True) if item.is_dir() else item.unlink(missing_ok=True)
+        patience = time.monotonic() + 20
+        while True:
+            self.end_runs()
+            for item in self.runs.iterdir():
+                # A draft that is just being written takes its temporary name away by itself.
+                shutil.rmtree(item, ignore_errors=True) if item.is_dir() else item.unlink(missing_ok=True)
+            # Into the folder of a run that just ended, its last words may be written meanwhile.
+            if not (left := list(self.runs.glob("2*"))):
+                break
+            assert time.monotonic() < patience, f"still there: {left}"
+            time.sleep(0.05)
         (self.runs / "draft.json").write_text("{}")
 
 
