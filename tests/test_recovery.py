@@ -138,7 +138,8 @@ def test_going_back_without_states_is_refused(settings):
 @pytest.fixture
 def scaled(settings, tmp_path):
     """A training with fp16's scaler, which begins at 16, on the CPU."""
-    session = prepared(settings | {"max_grad_norm": 0}, tmp_path)
+    # Where there is a scaler from the start, the optimizer is not fused.
+    session = prepared(settings | {"max_grad_norm": 0, "optimizer_args": "fused=False"}, tmp_path)
     session.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
     session.optimizer = AcceleratedOptimizer(session.optimizer.optimizer, scaler=session.accelerator.scaler)
     session.network.attach()

@@ -250,7 +250,7 @@ def test_sd2s_clip_skip_counts_from_the_layer_that_its_config_ends_with(settings
 
 @pytest.mark.proves("zero_terminal_snr")
 def test_zero_terminal_snr_trains_and_every_sampler_starts_from_pure_noise(settings_of, tmp_path):
-    settings = settings_of("sd2_v", zero_terminal_snr=True, min_snr_gamma=5, min_timestep=999)
+    settings = settings_of("sd2_v", zero_terminal_snr=True, min_snr_gamma=5, min_timestep=999, sample_prompts="a cat")
     session = prepared(settings, tmp_path)
     assert float(session.model.schedule.alphas_cumprod[-1]) == 0
     loss = loop.batch_loss(session, session.feed[0])
