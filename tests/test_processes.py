@@ -31,6 +31,13 @@ def three(settings, tmp_path):
     return settings | {"train_data_dir": str(inner.parent), "enable_bucket": False, "save_every_n_epochs": 0}
 
 
+@pytest.fixture
+def children():
+    """The processes that the test started; a server and a browser of other tests may run beside them."""
+    others = set(psutil.Process().children())
+    return lambda: set(psutil.Process().children()) - others
+
+
 def losses(events):
     return {event["step"]: event["loss"] for event in of_type(events, "step")}
 
@@ -70,7 +77,7 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(three, train, tm
 
 
 def test_stopped_resumed_and_ended_by_the_death_of_one_they_are_where_one_process_is(
-    three, train, tmp_path, monkeypatch
+    three, train, children, tmp_path, monkeypatch
 ):
     three |= {"epoch": 3, "learning_rate": 1e-3}
     _, alone, _ = train(three | {"train_batch_size": 2, "save_every_n_steps": 4, "save_state": True})
@@ -83,7 +90,7 @@ def test_stopped_resumed_and_ended_by_the_death_of_one_they_are_where_one_proces
         if number == 3:
             session.run.request("stop")
         if number == 5:
-            for child in psutil.Process().children():
+            for child in children():
                 child.kill()
         return step(session, number, batches)
 
@@ -91,7 +98,7 @@ def test_stopped_resumed_and_ended_by_the_death_of_one_they_are_where_one_proces
     code, before, _ = train(three)
     assert code == EXIT_STOPPED
     assert list(losses(before)) == [1, 2, 3]
-    assert not psutil.Process().children()
+    assert not children()
 
     code, behind, folder = train(three | {"resume": "auto", "seed": ""})
     assert code == EXIT_FAILED
@@ -144,10 +151,10 @@ def test_a_process_that_a_launcher_started_sees_the_named_gpus_and_tells_why_it_
     assert (told["kind"], told["message"]) == ("file", "It sees 0,2.")
 
 
-def test_what_a_launcher_started_is_not_started_again_and_needs_one_folder(launched, tmp_path, capsys):
+def test_what_a_launcher_started_is_not_started_again_and_needs_one_folder(launched, children, tmp_path, capsys):
     launched(0)
     with followed(Run(tmp_path), 2, "", {}, print):
-        assert not psutil.Process().children()
+        assert not children()
     preset = tmp_path / "preset.json"
     preset.write_text("{}")
     assert main(["train", str(preset)]) == EXIT_CONFIG
