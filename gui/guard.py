@@ -8,8 +8,9 @@ import socket
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -37,6 +38,9 @@ ANSWERED_UNDER = (
     "/gradio_api/heartbeat/",
 )
 """What the page uses of Gradio's routes. The others would fetch from elsewhere, take uploads, run events by name."""
+
+FOR_GOOD = "max-age=31536000, immutable"
+"""How long a browser may keep a file whose address changes with its content."""
 
 
 def password_for(listen: str, share: bool, given: str | None) -> str | None:
@@ -102,6 +106,17 @@ def answered(path: str) -> bool:
     return (path.rstrip("/") or "/") in ANSWERED or path.startswith(ANSWERED_UNDER)
 
 
+def _kept_for_good(send: Send) -> Send:
+    """Let the browser keep Gradio's scripts and styles, for which it would ask again at each visit."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            MutableHeaders(scope=message)["Cache-Control"] = FOR_GOOD
+        await send(message)
+
+    return sending
+
+
 class Guard:
     """Refuses unknown hosts, unused paths, and orders (anything but reading) that come from another site's page."""
 
@@ -122,6 +137,8 @@ class Guard:
                         scope, receive, send
                     )
                 return
+            if path_of(scope).startswith("/assets/"):
+                send = _kept_for_good(send)
         await self.app(scope, receive, send)
 
     def refusal(self, method: str, headers: dict[str, str], kind: str = "http") -> str:

@@ -15,6 +15,7 @@ from starlette.routing import Route
 from gui import form
 from gui.desk import Desk
 from gui.gradio_import import gr
+from gui.guard import FOR_GOOD
 from gui.words import Words, translate
 from trainer.schema import PARAMETERS, Section
 
@@ -96,7 +97,7 @@ def script_route(words: Words) -> Route:
     text = script(words)
 
     def answer(_: Request) -> Response:
-        return Response(text, media_type="text/javascript", headers={"Cache-Control": "max-age=31536000, immutable"})
+        return Response(text, media_type="text/javascript", headers={"Cache-Control": FOR_GOOD})
 
     return Route(_address(text), answer)
 
@@ -137,6 +138,7 @@ def build(desk: Desk, words: Words = ENGLISH) -> gr.Blocks:
         ordered = [widgets[key] for key in PARAMETERS]
         _connect(ordered)
     translate(page.blocks.values(), words)
+    page._queue.sleep_when_free = 1  # nothing ever waits in Gradio's queue, which looks a thousand times a second
     return page
 
 

@@ -31,7 +31,11 @@ class Form {
       read: (values) => { for (const resolve of this.readers.splice(0)) resolve(this.named(values)); return []; },
       filled: (values) => { for (const resolve of this.fillers.splice(0)) resolve(this.named(values)); return []; },
     };
-    const later = () => { clearTimeout(this.timer); this.timer = setTimeout(() => this.look(), 120); };
+    const later = (event) => {
+      if (["lw-read", "lw-fill"].includes(event.target.id)) return; // or each look would call for the next
+      clearTimeout(this.timer);
+      this.timer = setTimeout(() => this.look(), 120);
+    };
     for (const name of ["input", "change", "click", "keyup", "focusout"]) document.addEventListener(name, later, true);
     // Gradio's dropdown opens its list on any key, Tab too, which arrives there after the list was closed.
     window.addEventListener("keydown", (event) => {

@@ -147,11 +147,15 @@ def chromium():
 
 
 class Visits:
-    """Pages opened in Chromium. Errors in them and requests to other hosts are gathered."""
+    """Pages opened in Chromium. Errors in them and requests to other hosts are gathered.
 
-    def __init__(self, browser) -> None:
+    They are tabs of one visitor, whose browser keeps the scripts once fetched, unless `alone` is asked for.
+    """
+
+    def __init__(self, browser, visitor) -> None:
         self.browser = browser
-        self.contexts: list = []
+        self.visitor = visitor
+        self.pages: list = []
         self.found: list[str] = []
 
     def __call__(
@@ -162,17 +166,13 @@ class Visits:
         height: int = 900,
         dark: bool = False,
         ready: bool = True,
-        context=None,
+        alone: bool = False,
     ):
         """Open a page and wait until it is usable."""
-        if context is None:
-            context = self.browser.new_context(
-                viewport={"width": width, "height": height},
-                color_scheme="dark" if dark else "light",
-                accept_downloads=True,
-            )
-            self.contexts.append(context)
-        page = context.new_page()
+        page = (self.browser.new_context(reduced_motion="reduce") if alone else self.visitor).new_page()
+        self.pages.append(page)
+        page.set_viewport_size({"width": width, "height": height})
+        page.emulate_media(color_scheme="dark" if dark else "light")
         page.set_default_timeout(15000)
         page.on("pageerror", lambda error: self.found.append(f"error in the page: {error}"))
         page.on(
@@ -200,23 +200,31 @@ class Visits:
         assert not found, "\n".join(found)
 
     def close(self) -> None:
-        for context in self.contexts:
-            context.close()
-        self.contexts.clear()
+        """Leave the pages; what they kept in the browser goes, but for what it fetched."""
+        for page in self.pages:
+            page.evaluate("location.protocol === 'http:' && localStorage.clear()")
+            page.context.clear_cookies()
+            page.close() if page.context is self.visitor else page.context.close()
+        self.pages.clear()
+
+
+@pytest.fixture(scope="session")
+def _visitor(chromium):
+    return chromium.new_context(reduced_motion="reduce")
 
 
 @pytest.fixture
-def visit(chromium) -> Iterator[Visits]:
+def visit(chromium, _visitor) -> Iterator[Visits]:
     """Open pages, whose errors and requests to other hosts fail the test."""
-    visits = Visits(chromium)
+    visits = Visits(chromium, _visitor)
     yield visits
     visits.close()
     visits.check()
 
 
 @pytest.fixture(scope="module")
-def _left_open(chromium) -> Iterator[Visits]:
-    visits = Visits(chromium)
+def _left_open(chromium, _visitor) -> Iterator[Visits]:
+    visits = Visits(chromium, _visitor)
     yield visits
     visits.close()
 
@@ -228,8 +236,8 @@ def page(request, server, _left_open):
     Chromium takes two seconds of one core to put a page together. The tests of a module that need no page of
     their own share one, which goes back by its own means; after a test that failed, the next one gets a new page.
     """
-    if _left_open.contexts and _left_open.failures == request.session.testsfailed:
-        page = _left_open.contexts[0].pages[0]
+    if _left_open.pages and _left_open.failures == request.session.testsfailed:
+        page = _left_open.pages[0]
         put_back(page)
     else:
         _left_open.close()

@@ -76,7 +76,7 @@ def test_a_run_from_start_to_download_through_reload_and_a_second_tab(server, vi
     wait_ready(page)
     wait_state(page, "running")
     eventually(lambda: loss_is_drawn(page))
-    second = visit(server, context=page.context)
+    second = visit(server)
     wait_state(second, "running")
     second.get_by_role("button", name="Start training").click()
     second.wait_for_selector("#lw-banner >> text=still going on")
@@ -243,6 +243,22 @@ def test_an_older_run_can_be_watched_and_stays_after_a_reload(server, page):
     page.wait_for_selector("#lw-pill >> text=done · 3 steps")
     page.get_by_role("button", name="Follow the newest").click()
     page.wait_for_selector("#lw-pill >> text=done · 5 steps")
+
+
+def test_a_page_at_rest_leaves_the_processor_alone(page):
+    """One look at the form follows a click, and no look calls for the next."""
+    counted = page.evaluate(
+        """async () => {
+            let reads = 0;
+            const read = lorawright.read;
+            lorawright.read = (values) => { reads += 1; return read(values); };
+            document.body.click();
+            await new Promise((later) => setTimeout(later, 1000));
+            lorawright.read = read;
+            return reads;
+        }"""
+    )
+    assert counted == 1
 
 
 def test_samples_open_large_and_arrows_go_through_steps(page):

@@ -76,7 +76,7 @@ def test_the_page_is_whole_under_a_path_behind_nginx(proxied, visit):
         page.get_by_role("button", name="last.safetensors").click()
     assert download.value.path().read_bytes().startswith(b"not really weights")
 
-    onlooker = visit(server, f"view/{link}", ready=False)
+    onlooker = visit(server, f"view/{link}", ready=False, alone=True)
     eventually(
         lambda: (
             onlooker.evaluate("[...document.querySelectorAll('#lw-samples img')].filter(i => i.naturalWidth).length")

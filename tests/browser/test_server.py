@@ -28,6 +28,17 @@ def test_the_index_is_small_and_offers_no_api(server):
     assert json.loads(info) == {"named_endpoints": {}, "unnamed_endpoints": {}}
 
 
+def test_a_browser_keeps_the_scripts_whose_address_changes_with_them(server):
+    index = ask(server, "GET", "/")[1].decode()
+    script = re.search(r'src="\./(assets/[^"]+\.js)"', index)[1]
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    for path, kept in ((f"/{script}", "max-age=31536000, immutable"), ("/", None), ("/assets/none.js", None)):
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        answer.read()
+        assert (answer.getheader("Cache-Control") or None) == kept, path
+
+
 def slowness():
     """How many times longer than alone a program takes now, since others use the processor too."""
     wall, own = time.perf_counter(), time.process_time()
@@ -117,8 +128,8 @@ def test_a_page_that_others_can_reach_asks_for_a_password_and_has_a_link_to_look
             page.get_by_role("alert").get_by_text(answer).wait_for()
     wait_ready(page)
 
-    onlooker = visit(guarded, guarded.link, width=390)
-    assert "no run yet" in onlooker.inner_text("#lw-pill")
+    onlooker = visit(guarded, guarded.link, width=390, alone=True)
+    onlooker.wait_for_selector("#lw-pill >> text=no run yet")
     set_text(page, "training_comment", "steps=400")
     page.get_by_role("button", name="Start training").click()
     # Its policy forbids the page to evaluate text, and so Playwright's waiting for functions.
