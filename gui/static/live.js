@@ -92,7 +92,7 @@ class Live {
     this.log?.add(answer.text);
     if (answer.more || answer.log < answer.log_size && answer.text) return 0;
     if (document.hidden) return 5000;
-    return ["starting", "running", "stopping"].includes(this.state) ? 1000 : 2000;
+    return { starting: 400, stopping: 400, running: 1000 }[this.state] || 2000;
   }
 
   idle() {

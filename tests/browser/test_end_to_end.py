@@ -1,4 +1,4 @@
-"""The main job, clicked through with the real trainer: load, start, watch, stop, start again, fetch the LoRA."""
+"""The main job, clicked through with the real trainer: load, check, start, watch, stop, fetch the LoRA."""
 
 import json
 import struct
@@ -28,7 +28,7 @@ def shorten(page, steps):
         set_text(page, key, text)
 
 
-def test_load_start_watch_reload_stop_and_start_again_to_the_end(tmp_path, visit):
+def test_load_check_start_watch_reload_and_stop_end_in_a_lora_that_changes_pictures(tmp_path, visit):
     with serving(tmp_path / "rüns here", REAL) as server:
         page = visit(server)
         page.select_option("#lw-preset", "shipped/first-steps")
@@ -54,13 +54,8 @@ def test_load_start_watch_reload_stop_and_start_again_to_the_end(tmp_path, visit
         assert shown(page, "max_train_steps") == "500"
         page.get_by_role("button", name="Stop", exact=True).click()
         assert "at step" in wait_state(page, "stopped", patience_s=60)
-
-        set_text(page, "max_train_steps", "3")
-        page.get_by_role("button", name="Start training").click()
-        wait_state(page, "starting", patience_s=60)
-        assert "3 steps" in wait_state(page, "done", patience_s=120)
         with page.expect_download() as download:
-            page.get_by_role("button", name="short run ü.safetensors").click()
+            page.locator("#lw-saved").get_by_role("button", name="short run ü").click()
         lora = tmp_path / "downloaded.safetensors"
         download.value.save_as(lora)
         described, names = metadata_and_names(lora)
@@ -70,7 +65,7 @@ def test_load_start_watch_reload_stop_and_start_again_to_the_end(tmp_path, visit
 
 
 def pictures_differ_in_diffusers(lora):
-    """Load the file into diffusers' own pipeline on the same base; strong, since it learned for three steps only."""
+    """Load the file into diffusers' own pipeline on the same base; strong, since it learned for a few steps only."""
     import numpy as np
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline

@@ -1,6 +1,7 @@
 """The Runs tab: repeat, resume, files, delete, compare, and the queue."""
 
 import json
+import signal
 
 from tests.browser.conftest import eventually, open_tab, set_text, shown, wait_state
 from tests.browser.test_live import start
@@ -157,7 +158,7 @@ def test_runs_are_compared_side_by_side(server, page):
     eventually(lambda: page.evaluate(coloured))
 
 
-def test_settings_wait_in_the_queue_change_places_and_start_in_turn(server, page):
+def test_settings_wait_in_the_queue_change_places_and_start_in_turn_also_behind_a_killed_server(server, page):
     start(page, "steps=3000 pause=0.02")
     wait_state(page, "running")
     for name in ("second", "third", "fourth"):
@@ -175,8 +176,11 @@ def test_settings_wait_in_the_queue_change_places_and_start_in_turn(server, page
     eventually(lambda: "fourth" in queued.nth(1).inner_text())
     queued.nth(2).get_by_role("button", name="Remove").click()
     eventually(lambda: queued.count() == 2)
-    server.stop()
+    server.stop(signal.SIGKILL)
+    assert "unreachable" in wait_state(page, "unreachable")
+    assert "not affected" in page.inner_text("#lw-sentence")
     server.start()
+    wait_state(page, "running")
     page.get_by_role("button", name="Stop", exact=True).click()
     eventually(lambda: len(list(server.runs.glob("2*/output/last.safetensors"))) == 3, 40)
     began = {folder.name[16:]: folder.name[:15] for folder in server.runs.glob("2*")}
