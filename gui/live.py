@@ -38,10 +38,11 @@ def poll(found: runs.Runs, ask: Mapping[str, Any]) -> dict[str, Any]:
         return {"run": None, "now": time.time()}
     same = run.folder.name == ask.get("run")
     answer: dict[str, Any] = {"run": run.folder.name, "now": time.time()}
-    answer.update(_news(run, int(ask.get("events") or 0) if same else 0))
-    answer.update(log_from(run.log, int(ask.get("log") or 0) if same else 0))
+    # Before the news: a run that shows as ended has told of the files that it saved.
     tail = events.last(run.events)
     answer["state"] = runs.state(run, tail)
+    answer.update(_news(run, int(ask.get("events") or 0) if same else 0))
+    answer.update(log_from(run.log, int(ask.get("log") or 0) if same else 0))
     answer["stop_asked"] = runs.stop_asked(run)
     answer["last_event"] = tail[-1]["time"] if tail else runs.began(run)
     if answer["state"] in ("stopped", "crashed"):

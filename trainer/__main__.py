@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from trainer import kohya
 from trainer.errors import ConfigError
 from trainer.run import EXIT_CONFIG, EXIT_DONE
 from trainer.tools import commands as tools
+
+# Large tensors in large pages, of which Linux hands out 512 times fewer. PyTorch asks for this at its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from gui import history, live, runs
 from gui.runs import BusyError, Runs
-from trainer.events import Ended, EventLog, Phase, Step
+from trainer.events import Ended, EventLog, Phase, Saved, Step
 from trainer.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,6 +192,19 @@ def test_poll_returns_only_what_is_new(quiet_run, tmp_path):
     assert [p[0] for p in second["points"]] == [2] and second["phase"]["done"] == 1
     third = live.poll(shelf, {"run": name, "follow": "", "events": second["events"], "log": 0})
     assert third["points"] == [] and "phase" not in third
+
+
+def test_what_a_run_saves_while_its_state_is_read_comes_with_that_state(quiet_run, tmp_path, monkeypatch):
+    read_state = runs.state
+
+    def slow_state(run, tail):
+        found = read_state(run, tail)
+        EventLog(run.events).emit(Saved("output/last.safetensors", 3, 1, "final"))
+        return found
+
+    monkeypatch.setattr(runs, "state", slow_state)
+    answer = live.poll(Runs(tmp_path, ROOT, FAKE), {"run": quiet_run.folder.name, "follow": "", "events": 0, "log": 0})
+    assert [saved["step"] for saved in answer["saved"]] == [3]
 
 
 def test_poll_returns_at_most_1000_points_and_says_there_is_more(quiet_run, tmp_path):
