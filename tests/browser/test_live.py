@@ -80,6 +80,7 @@ def test_a_run_from_start_to_download_through_reload_and_a_second_tab(server, vi
     wait_state(second, "running")
     second.get_by_role("button", name="Start training").click()
     second.wait_for_selector("#lw-banner >> text=still going on")
+    page.bring_to_front()  # behind another tab it draws once a second, and so does what clicks in it
 
     page.get_by_role("button", name="Stop", exact=True).click()
     assert "at step" in wait_state(page, "stopped")
