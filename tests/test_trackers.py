@@ -260,6 +260,18 @@ def test_a_tracker_that_hangs_at_its_start_or_end_is_left_to_itself(monkeypatch)
     assert [e.message.split()[0] for e in events] == ["Starting", "Ending"]
 
 
+def test_a_tracker_that_is_still_behind_at_the_end_is_reported_although_each_of_its_calls_is_quick(monkeypatch):
+    monkeypatch.setattr(trackers, "HANGS_AFTER_S", 0.2)
+    events, slow = [], Counting()
+    slow.log = lambda values, step: time.sleep(0.06)
+    some = trackers.Trackers(events.append)
+    assert some.start("Slow", lambda: slow)
+    for step in range(10):
+        some.log({"loss/current": 1.0}, step)
+    some.close()
+    assert [e.message for e in events] == ["Slow does not work: it did not answer for 0.2 s"]
+
+
 def test_a_tracker_that_cannot_start_is_reported():
     events = []
 

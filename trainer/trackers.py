@@ -118,6 +118,10 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+def _silent() -> TimeoutError:
+    return TimeoutError(f"it did not answer for {HANGS_AFTER_S:g} s")
+
+
 class _Caller:
     """A tracker in a thread of its own, which makes its calls in order, so that one that hangs holds up nothing."""
 
@@ -134,7 +138,7 @@ class _Caller:
         def made() -> None:
             self._tracker = make()
 
-        self._call(made).wait(HANGS_AFTER_S)
+        self._await(self._call(made))
 
     def call(self, act: Callable[[Tracker], None], *, wait: bool = False) -> None:
         def acted() -> None:
@@ -143,17 +147,21 @@ class _Caller:
 
         done = self._call(acted)
         if wait:
-            done.wait(HANGS_AFTER_S)
+            self._await(done)
 
     def _call(self, act: Callable[[], None]) -> threading.Event:
         done = threading.Event()
         self._calls.put((act, done))
         return done
 
+    def _await(self, done: threading.Event) -> None:
+        if not done.wait(HANGS_AFTER_S) and self.error is None:
+            self.error = _silent()
+
     def trouble(self) -> Exception | None:
         """Why it is of no use any more, if it is not."""
         if self.error is None and self._since is not None and time.monotonic() - self._since >= HANGS_AFTER_S:
-            return TimeoutError(f"it did not answer for {HANGS_AFTER_S:g} s")
+            return _silent()
         return self.error
 
     def _work(self) -> None:
