@@ -1,0 +1,93 @@
+"""What tests/test_card.py runs with the card in place (`pytest -p tests.card tests/on_card.py`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import card
+from tests.test_training import prepared
+from trainer import loop, optim, schema
+from trainer.schema.algorithms import TYPES
+from trainer.schema.optimizers import OPTIMIZERS
+
+pytestmark = pytest.mark.skipif(not card.inserted(), reason="needs pytest -p tests.card")
+OBJECTIVES = {
+    "masked, offset noise, min-SNR": {
+        "masked_loss": True,
+        "noise_offset": 0.1,
+        "adaptive_noise_scale": 0.1,
+        "min_snr_gamma": 5,
+        "ip_noise_gamma": 0.1,
+    },
+    "Huber, noise of several sizes": {
+        "loss_type": "smooth_l1",
+        "huber_schedule": "snr",
+        "noise_offset_type": "Multires",
+        "multires_noise_iterations": 3,
+        "multires_noise_discount": 0.3,
+    },
+    "fp8": {"fp8_base": True, "mixed_precision": "bf16"},
+    "int8": {"base_weights": "int8", "mixed_precision": "bf16"},
+    "nf4": {"base_weights": "nf4", "mixed_precision": "bf16"},
+    "full bf16": {"full_bf16": True, "mixed_precision": "bf16", "optimizer": "AdamW"},
+    "uncached, in full precision": {"cache_latents": False, "sdxl_no_half_vae": True, "mixed_precision": "bf16"},
+    "largest norm and gradient": {"scale_weight_norms": 0.5, "max_grad_norm": 0.1},
+}
+
+
+def two_steps(settings, folder) -> torch.device:
+    """Where the trained weights are behind two steps, whose losses are numbers."""
+    session = prepared(settings, folder)
+    session.network.attach()
+    batches = session.feed.batches(range(2))
+    for step in (1, 2):
+        loss, _ = loop.take_step(session, step, batches)
+        assert torch.isfinite(loss)
+    return next(session.network.parameters()).device
+
+
+def test_what_is_in_two_memories_is_refused_and_what_the_host_waits_for_is_counted():
+    there, here = torch.ones(3, device="card"), torch.ones(3)
+    for mix in (lambda: there + here, lambda: here @ there, lambda: here[torch.tensor([0], device="card")]):
+        with pytest.raises(RuntimeError, match="not on the card"):
+            mix()
+    assert (there * 2.0)[torch.tensor([1, 2])].device.type == "card"
+    card.waits.clear()
+    assert (there + here.to("card")).sum().item() == 6 and there.tolist() == [1, 1, 1]
+    assert sum(card.waits.values()) == 2
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_type_trains(settings, tmp_path, name):
+    assert two_steps(settings | {"LoRA_type": name, "text_encoder_lr": 0}, tmp_path).type == "card"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_keeps_its_states_beside_the_weights(name):
+    weight = torch.nn.Parameter(torch.ones(8, 8, device="card"))
+    groups = [{"name": "unet", "lr": 1e-2, "params": [weight]}]
+    optimizer = optim.make_optimizer(groups, schema.parse({"optimizer": name}).optim, fused=True)
+    for _ in range(3):
+        weight.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    states = [t for t in optimizer.state[weight].values() if isinstance(t, torch.Tensor) and t.dim()]
+    assert {t.device.type for t in [weight, *states]} == {"card"} and weight.isfinite().all()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_way_to_compute_trains(settings, tmp_path, name):
+    assert two_steps(settings | OBJECTIVES[name], tmp_path).type == "card"
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_grad_norm": 0}, {"optimizer": "AdamW8bit"}], ids=str)
+def test_a_step_waits_for_nothing(settings, tmp_path, changes):
+    session = prepared(settings | changes, tmp_path)
+    session.network.attach()
+    batches = session.feed.batches(range(3))
+    loop.take_step(session, 1, batches)
+    card.waits.clear()
+    for step in (2, 3):
+        loop.take_step(session, step, batches)
+    assert not card.waits
