@@ -269,6 +269,9 @@ _waiters: dict[Path, threading.Thread] = {}
 def _await_exit(run: Run, process: subprocess.Popen[bytes]) -> None:
     try:
         write_whole(run.exit, json.dumps({"code": process.wait()}).encode())
+    except FileNotFoundError:
+        if run.folder.exists():  # else the run was deleted while its process ended
+            raise
     finally:
         if _waiters.get(run.folder) is threading.current_thread():
             del _waiters[run.folder]

@@ -12,6 +12,7 @@ from trainer.events import Phase, Saved, Warned
 from trainer.lora.verifying import Expected, verify
 from trainer.prepare import Session
 from trainer.retention import Due
+from trainer.schema.memory import is_memory
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,14 @@ def save(s: Session, step: int, due: Due) -> str:
 def prove(s: Session, path: Path, step: int) -> None:
     """Read a file that was just written, and tell whether it holds what was trained and who can load it."""
     trained = Expected(s.network.tensors(), s.config.saving.precision, s.model.family.name, step)
-    verified = verify(path, trained)
+    try:
+        verified = verify(path, trained)
+    except Exception as error:
+        if not is_memory(error):
+            raise
+        hint = "The file is whole and training goes on. Check it later under Tools, Verify."
+        s.emit(Warned(f'"{path.name}" was not read back, because the memory is full.', hint))
+        return
     s.emit(verified)
     if verified.problems:
         hint = "Training goes on; do not rely on this file."

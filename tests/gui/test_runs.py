@@ -67,6 +67,17 @@ def test_the_end_of_a_run_is_waited_for_and_then_forgotten(shelf):
             time.sleep(0.01)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_run_whose_folder_goes_while_its_process_ends_is_forgotten_in_silence(shelf):
+    run = started(shelf, "steps=500")
+    wait(run, "running")
+    waiter = runs._waiters[run.folder]
+    run.folder.rename(run.folder.with_name("away"))
+    Run(run.folder.with_name("away")).process().kill()
+    waiter.join(10)
+    assert run.folder not in runs._waiters
+
+
 def test_a_second_start_is_refused_while_a_run_goes_on_and_welcome_after_it(shelf):
     first = started(shelf, "steps=500")
     with pytest.raises(BusyError, match=first.folder.name):

@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 
 from tests import reference
 from tests.lora.conftest import KOHYA, TEXT, pair, plain
+from trainer import saving
 from trainer.checkpoint import hashes
 from trainer.lora.programs import PROGRAMS, layers_of
 from trainer.lora.verifying import Expected, verify
+from trainer.run import EXIT_DONE
 
 ALL = ("A1111", "Forge", "ComfyUI", "diffusers", "sd-scripts")
 
@@ -270,3 +272,14 @@ def test_the_page_and_the_log_are_told_what_was_proved(settings, train, tmp_path
     assert verified["path"] == saved["path"] and verified["problems"] == []
     assert any("bit for bit" in check for check in verified["checks"])
     assert json.loads(json.dumps(verified)) == verified
+
+
+def test_memory_that_ends_while_a_file_is_read_back_is_told_and_the_training_is_done(settings, train, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(saving, "verify", full)
+    code, events, _ = train(settings | {"max_train_steps": 1})
+    assert code == EXIT_DONE and events[-1]["type"] == "ended"
+    warned = [e["message"] for e in events if e["type"] == "warning"]
+    assert warned == ['"photo.safetensors" was not read back, because the memory is full.']
