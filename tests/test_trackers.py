@@ -229,7 +229,7 @@ class Hanging(Counting):
 
 
 def test_a_tracker_that_hangs_holds_up_nothing_and_is_reported_once(monkeypatch):
-    monkeypatch.setattr(trackers, "HANGS_AFTER_S", 0.2)
+    monkeypatch.setattr(trackers, "HANGS_AFTER_S", 1.0)
     events, hanging, counting = [], Hanging(), Counting()
     both = trackers.Trackers(events.append)
     both.start("Hanging", lambda: hanging)
@@ -237,18 +237,18 @@ def test_a_tracker_that_hangs_holds_up_nothing_and_is_reported_once(monkeypatch)
     began = time.monotonic()
     for step in range(1, 4):
         both.log({"loss/current": 1.0}, step)
-    assert time.monotonic() - began < 0.1
-    time.sleep(0.3)
+    assert time.monotonic() - began < 0.9
+    time.sleep(1.1)
     both.log({"loss/current": 1.0}, 4)
     both.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     hanging.answer.set()
     assert counting.calls == [("log", 1), ("log", 2), ("log", 3), ("log", 4), ("close", 0)]
-    assert events == [Warned("Hanging does not work: it did not answer for 0.2 s", "Training goes on without it.")]
+    assert events == [Warned("Hanging does not work: it did not answer for 1 s", "Training goes on without it.")]
 
 
 def test_a_tracker_that_hangs_at_its_start_or_end_is_left_to_itself(monkeypatch):
-    monkeypatch.setattr(trackers, "HANGS_AFTER_S", 0.2)
+    monkeypatch.setattr(trackers, "HANGS_AFTER_S", 1.0)
     events, answer = [], threading.Event()
     some = trackers.Trackers(events.append)
     assert not some.start("Starting", lambda: answer.wait(20))
