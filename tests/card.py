@@ -88,8 +88,8 @@ def compute(operator: Any, arguments: Any, options: dict[str, Any]) -> Any:
     if strangers and held and not moves:
         sizes = ", ".join(str(list(leaf.shape)) for leaf in strangers)
         raise RuntimeError(f"{operator}: expected all tensors on one device, but {sizes} is not on the {NAME}")
-    leaves_card = operator is aten.copy_.default and not isinstance(arguments[0], OnCard)
-    if operator is aten._local_scalar_dense.default or not there or leaves_card:
+    crosses = _crosses(operator, arguments, there) and not _behind(arguments, options)
+    if operator is aten._local_scalar_dense.default or crosses or (strangers and operator in INDEXING):
         waits[operator.overloadpacket.__name__] += 1
 
     def inner(value: Any) -> Any:
@@ -103,6 +103,18 @@ def compute(operator: Any, arguments: Any, options: dict[str, Any]) -> Any:
 
     answer = operator(*tree_map(inner, arguments), **tree_map(inner, options))
     return arguments[0] if operator is aten.copy_.default else tree_map(outer, answer)
+
+
+def _crosses(operator: Any, arguments: Any, there: bool) -> bool:
+    """Whether it takes numbers from one memory to the other."""
+    if operator is aten.copy_.default:
+        return isinstance(arguments[0], OnCard) != isinstance(arguments[1], OnCard)
+    return operator is aten._to_copy.default and isinstance(arguments[0], OnCard) != there
+
+
+def _behind(arguments: Any, options: dict[str, Any]) -> bool:
+    """Whether the host goes on before the numbers have come."""
+    return bool(options.get("non_blocking") or (len(arguments) > 2 and arguments[2]))
 
 
 def _factories() -> list[tuple[str, Any]]:

@@ -22,6 +22,7 @@ from trainer.pictures import draw_comparison, draw_samples
 from trainer.prepare import Session
 from trainer.randomness import generator_at, set_torch_to
 from trainer.reporting import Reporter
+from trainer.transfer import send
 
 
 def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
@@ -152,8 +153,9 @@ def batch_loss(s: Session, batch: Batch) -> torch.Tensor:
         text = text_of(s, batch.captions)
         return loss_per_image(s, batch, noised(s, latents), text).mean()
     whole = latents.new_zeros(batch.images, *latents.shape[1:])
-    whole[batch.places] = latents
-    drawn = tuple(tensor[batch.places] for tensor in noised(s, whole))
+    places = send(torch.tensor(batch.places), latents.device)
+    whole[places] = latents
+    drawn = tuple(tensor[places] for tensor in noised(s, whole))
     set_torch_to(torch.initial_seed(), "share", s.team.place.rank)
     return loss_per_image(s, batch, drawn, text_of(s, batch.captions)).sum() / batch.images
 
@@ -170,14 +172,14 @@ def losses_of_parts(s: Session, batch: Batch) -> Iterator[torch.Tensor]:
     for some in torch.arange(images).tensor_split(min(s.parts, images)):
         part = batch.only(some)
         text = text_of(s, part.captions)
-        here = some.to(latents.device)
+        here = send(some, latents.device)
         yield loss_per_image(s, part, tuple(tensor[here] for tensor in every), text).sum() / images
 
 
 def latents_of(s: Session, batch: Batch) -> torch.Tensor:
     """A batch's latents [B,4,h,w] on the device: cached, or encoded now."""
     if batch.latents is not None:
-        return batch.latents.to(s.accelerator.device)
+        return send(batch.latents, s.accelerator.device)
     assert batch.pixels is not None
     among = None if batch.is_whole else (batch.places, batch.images)
     # The same draws of noise, however the VAE lays its answer out.
@@ -206,10 +208,10 @@ def loss_per_image(s: Session, batch: Batch, drawn: tuple[torch.Tensor, ...], te
     """Each image's loss [B], from `noised` latents."""
     device, schedule = s.accelerator.device, s.model.schedule
     latents, noisy, noise, timesteps = drawn
-    prediction = s.model.predict(noisy, timesteps, text, batch.sizes.to(device))
+    prediction = s.model.predict(noisy, timesteps, text, send(batch.sizes, device))
     wanted = objective.target(latents, noise, timesteps, schedule)
-    weights = batch.weights.to(device)
-    masks = None if batch.masks is None else batch.masks.to(device)
+    weights = send(batch.weights, device)
+    masks = None if batch.masks is None else send(batch.masks, device)
     return objective.loss_per_image(prediction, wanted, timesteps, weights, schedule, s.config.objective, masks)
 
 

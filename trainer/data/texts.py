@@ -20,6 +20,7 @@ from trainer.data.folders import Picture
 from trainer.models import TextStates
 from trainer.randomness import generator_at
 from trainer.schema.data import Captions
+from trainer.transfer import send
 
 log = logging.getLogger(__name__)
 FOLDER = ".texts"
@@ -37,8 +38,8 @@ class Texts:
         found = [self._states[caption] for caption in captions]
         pooled = [text.pooled for text in found if text.pooled is not None]
         return TextStates(
-            torch.stack([text.states for text in found]).to(device),
-            torch.stack(pooled).to(device) if pooled else None,
+            send(torch.stack([text.states for text in found]), device),
+            send(torch.stack(pooled), device) if pooled else None,
         )
 
 

@@ -144,7 +144,9 @@ class Tokens:
         return torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], 1)
 
     def to(self, device: torch.device) -> Tokens:
-        return Tokens(self.ids.to(device), None if self.weights is None else self.weights.to(device))
+        from trainer.transfer import send
+
+        return Tokens(send(self.ids, device), None if self.weights is None else send(self.weights, device))
 
 
 # CLIP was trained on text that ftfy had put right. This is the part of it that captions meet:

@@ -23,6 +23,7 @@ from trainer.models.lean_imports import (
     UNet2DConditionModel,
 )
 from trainer.paths import resolve, shown
+from trainer.transfer import send
 
 PLACES = {"attentions": "attention", "resnets": "resnet", "downsamplers": "resnet", "upsamplers": "resnet"}
 EDGES = ("conv_in", "conv_out", "time_embedding.", "add_embedding.")
@@ -162,7 +163,7 @@ class StableDiffusion:
         `among`: at which places of how many images these stand, whose draws theirs are a part of.
         Not numbers where the VAE overflows in fp16, as SDXL's own does for some pictures.
         """
-        pixels = pixels.to(self.vae.device, self.vae.dtype, memory_format=torch.channels_last)
+        pixels = send(pixels, self.vae.device).to(self.vae.dtype, memory_format=torch.channels_last)
         posterior = self.vae.encode(pixels).latent_dist
         if among is None:
             drawn = posterior.sample(generator)
