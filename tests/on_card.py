@@ -40,9 +40,10 @@ WAYS = {
 }
 
 
-def train_two_steps(settings, folder) -> None:
+def train_two_steps(settings, folder, parts=1) -> None:
     """What is trained stays on the card, and the second step waits for nothing."""
     session = prepared(settings, folder)
+    session.parts = parts
     session.network.attach()
     batches = session.feed.batches(range(3 * session.length.accumulation))
     first, _ = loop.take_step(session, 1, batches)
@@ -87,3 +88,7 @@ def test_every_optimizer_keeps_its_states_beside_the_weights(name):
 @pytest.mark.parametrize("name", WAYS)
 def test_every_way_to_compute_trains(settings, tmp_path, name):
     train_two_steps(settings | WAYS[name], tmp_path)
+
+
+def test_a_batch_in_parts_trains(settings, tmp_path):
+    train_two_steps(settings | {"enable_bucket": False, "train_batch_size": 3, "masked_loss": True}, tmp_path, parts=2)
