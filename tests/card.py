@@ -89,7 +89,7 @@ def compute(operator: Any, arguments: Any, options: dict[str, Any]) -> Any:
         sizes = ", ".join(str(list(leaf.shape)) for leaf in strangers)
         raise RuntimeError(f"{operator}: expected all tensors on one device, but {sizes} is not on the {NAME}")
     crosses = _crosses(operator, arguments, there) and not _behind(arguments, options)
-    if operator is aten._local_scalar_dense.default or crosses or (strangers and operator in INDEXING):
+    if crosses or _is_read(operator, leaves) or (strangers and operator in INDEXING):
         waits[operator.overloadpacket.__name__] += 1
 
     def inner(value: Any) -> Any:
@@ -110,6 +110,13 @@ def _crosses(operator: Any, arguments: Any, there: bool) -> bool:
     if operator is aten.copy_.default:
         return isinstance(arguments[0], OnCard) != isinstance(arguments[1], OnCard)
     return operator is aten._to_copy.default and isinstance(arguments[0], OnCard) != there
+
+
+def _is_read(operator: Any, tensors: list[torch.Tensor]) -> bool:
+    """Whether the host must know numbers on the card, for an answer or for an answer's shape."""
+    by_mask = any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors[1:])
+    shaped = by_mask if operator in INDEXING else torch.Tag.dynamic_output_shape in operator.tags
+    return torch.Tag.data_dependent_output in operator.tags or shaped
 
 
 def _behind(arguments: Any, options: dict[str, Any]) -> bool:

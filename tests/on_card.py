@@ -65,6 +65,8 @@ def test_what_is_in_two_memories_is_refused_and_what_the_host_waits_for_is_count
     assert sum(card.waits.values()) == 1, "what is sent is not waited for, what comes back is"
     assert (there + here.to("card")).sum().item() == 6 and there.tolist() == [1, 1, 1]
     assert sum(card.waits.values()) == 4
+    assert len(there[there > 0]) == len(there.nonzero()) == 3 and torch.equal(there, there)
+    assert sum(card.waits.values()) == 7
 
 
 @pytest.mark.parametrize("name", TYPES)
