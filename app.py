@@ -35,7 +35,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--language",
         default="english",
-        help="the page's words: a file of gui/words, for instance de, or a .json of your own",
+        help="the page's words: a file of gui/words (english), or a .json of your own",
     )
     parser.add_argument(
         "--runs", type=Path, default=HERE / "runs", metavar="FOLDER", help="where runs are kept (default: runs/)"

@@ -89,6 +89,13 @@ class Captions:
         allowed = file.suffix.lower() in CAPTION_SUFFIXES and not file.is_symlink() and self.roots.holds(file)
         return allowed and not shipped
 
+    def _not_ours(self, file: Path) -> str:
+        if DEMO.resolve() in file.resolve().parents:
+            return f'"{file.name}" is part of this program. Copy the images into a folder of your own, and enter that.'
+        if file.is_symlink():
+            return f'"{file}" is a link. Edit the file that it leads to.'
+        return f'"{file}" is outside the folders that this page may change (--root FOLDER adds one).'
+
     def _edits(self, values: Mapping[str, Any], order: Mapping[str, Any]) -> list[Edit]:
         config, _ = settings(values)
         suffix = folders.caption_suffix(config.captions)
@@ -106,9 +113,7 @@ class Captions:
         for picture in chosen:
             file = picture.caption_file or picture.path.with_name(picture.path.stem + suffix)
             if not self._ours(file):
-                raise RefusedError(
-                    f'"{file}" is outside the folders that this page may change, part of this program, or a link.'
-                )
+                raise RefusedError(self._not_ours(file))
             before = _read(file)
             after = change(picture, before)
             created = before is None and after is not None

@@ -16,8 +16,9 @@ from gui.presets import Presets
 from gui.runs import ALIVE, BusyError, Runs, kill
 from gui.tools import Tools
 from gui.waiting import Queue
-from trainer import kohya
+from trainer import kohya, state
 from trainer.errors import ConfigError, DataError, Problem
+from trainer.paths import resolve
 from trainer.run import REQUESTS, Run
 from trainer.schema import PARAMETERS
 
@@ -275,13 +276,18 @@ class Desk:
             }
 
     def resume(self, ask: Ask) -> Answer:
-        """A run's settings with its newest sound state, ready to be started."""
+        """A run's settings with its newest sound state, ready to be started; `form`: as the form shows them then.
+
+        What goes on from the state takes it away at its end, so that the form does not name it.
+        """
         answer, run = self.settings(ask), self._run(ask)
         folder = history.newest_state(run) if run else None
         if folder is None:
             return {"problems": [asdict(Problem("", "Resume", "No state of this run can be read any more."))]}
         if "entries" in answer:
-            answer["entries"]["resume"] = str(folder)
+            own = answer["entries"]
+            answer["form"] = {**own, "resume": own["resume"] if own["resume"] == state.AUTO else ""}
+            answer["entries"] = {**own, "resume": str(folder)}
         return answer
 
     def files(self, ask: Ask) -> Answer:
@@ -323,7 +329,10 @@ class Desk:
         if run is None:
             return {"run": None}
         try:
-            return {**_as_form(kohya.load(run.config)), "run": run.folder.name}
+            answer = _as_form(kohya.load(run.config))
+            if _is_gone(answer["entries"]["resume"]):
+                answer["entries"]["resume"] = ""
+            return {**answer, "run": run.folder.name}
         except ConfigError as error:
             return {"run": run.folder.name, "problems": [asdict(problem) for problem in error.problems]}
 
@@ -433,8 +442,13 @@ class Desk:
         return [asked(name, function) for name, function in offered.items()]
 
 
+def _is_gone(resume: str) -> bool:
+    """Whether a state to resume is not there any more: what went on from it takes it away at its end."""
+    return resume not in ("", state.AUTO) and not resolve(resume).is_dir()
+
+
 def _busy(message: str) -> Answer:
-    return {**_refused(Problem("", "A run is going on", message)), "busy": True}
+    return {**_refused(Problem("", "Not now", message)), "busy": True}
 
 
 def _refused(*problems: Problem) -> Answer:

@@ -39,7 +39,7 @@ def outlook(values: Mapping[str, Any], runs: Runs) -> dict[str, Any]:
     size = size_of(checked.config) if checked.config else None
     return {
         "summary": asdict(checked.summary),
-        "errors": len(checked.errors),
+        "errors": [asdict(problem) for problem in checked.errors],
         "size": asdict(size) if size else None,
         "like": _like(values, runs),
     }

@@ -33,7 +33,7 @@ class Presets:
         """The file of a preset. Raises ConfigError for a name that cannot be one."""
         shelf, _, name = preset_id.partition("/")
         if shelf not in self.folders or not _NAME.fullmatch(name):
-            raise ConfigError([Problem("preset", "Preset", f'"{preset_id}" is not the name of a preset.')])
+            raise _no_name(name)
         return self.folders[shelf] / f"{name}.json"
 
     def load(self, preset_id: str) -> kohya.Preset:
@@ -50,15 +50,7 @@ class Presets:
         """
         name = name.strip().removesuffix(".json")
         if not _NAME.fullmatch(name):
-            raise ConfigError(
-                [
-                    Problem(
-                        "preset",
-                        "Preset",
-                        f'"{name}" cannot be a name; use letters, digits, blanks and . - _ + ( ), at most 80.',
-                    )
-                ]
-            )
+            raise _no_name(name)
         path = self.path(f"{OWN}/{name}")
         try:
             kohya.save(path, values, kept)
@@ -67,3 +59,8 @@ class Presets:
                 [Problem("preset", "Preset", f'"{path}" cannot be written: {error.strerror}.')]
             ) from error
         return f"{OWN}/{name}"
+
+
+def _no_name(name: str) -> ConfigError:
+    message = f'"{name}" cannot be a name; use letters, digits, blanks and . - _ + ( ), at most 80.'
+    return ConfigError([Problem("preset", "Preset", message)])

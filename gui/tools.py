@@ -159,7 +159,11 @@ class Tools:
                     is_embedded = line.strip().startswith(EMBEDDED) and key != "output"
                     if not is_embedded and not self.roots.holds(path):
                         problems.append(
-                            Problem(key, p.label, f'"{line}" is outside the folders that this page may use')
+                            Problem(
+                                key,
+                                p.label,
+                                f'"{line}" is outside the folders that this page may use (--root FOLDER adds one).',
+                            )
                         )
                     lines.append(str(path))
                 found[key] = "\n".join(lines)

@@ -58,6 +58,8 @@ class Proofs:
         for key, parameter in PARAMETERS.items():
             tests = sorted(self._tests[key])
             names = "<br>".join(f"`{test.removeprefix('tests/')}`" for test in tests) or "none"
-            outcome = "failed" if self._failed & set(tests) else "passed" if self._ran >= set(tests) else "not run"
+            outcome = (
+                "failed" if self._failed & set(tests) else "passed" if tests and self._ran >= set(tests) else "not run"
+            )
             lines.append(f"| {parameter.label} | `{key}` | {names} | {outcome} |")
         return "\n".join(lines) + "\n"

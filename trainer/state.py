@@ -229,7 +229,10 @@ def _written(folder: Path) -> int:
 def read(folder: Path) -> State:
     """A state folder's header. Raises StateError when it is none, or not whole."""
     if not os.path.isfile(folder / HEADER):  # noqa: PTH113  answers False where pathlib raises
-        raise StateError(f'"{shown(folder)}" is no training state: {_why_not(folder)}.', "Choose a folder NAME-state.")
+        raise StateError(
+            f'"{shown(folder)}" is no training state: {_why_not(folder)}.',
+            "Choose a folder NAME-state, or empty it to start anew.",
+        )
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         if header["format"] != FORMAT or header["version"] != VERSION:

@@ -178,7 +178,8 @@ def _other_format(name: str, size: int, start: bytes) -> ModelError:
 
 
 def _not_safetensors(name: str) -> ModelError:
-    return ModelError(f'"{name}" is not a .safetensors file, whatever its name says.', "Name a .safetensors file.")
+    said = ", whatever its name says" if name.endswith(".safetensors") else ""
+    return ModelError(f'"{name}" is not a .safetensors file{said}.', "Name a .safetensors file.")
 
 
 def _damaged(name: str, why: str) -> ModelError:

@@ -9,6 +9,17 @@ class Banner {
   clear() {
     this.node.replaceChildren();
     this.node.className = "";
+    this.about = null;
+  }
+
+  // Lines about entries that were changed since are no longer so; with the last of them the banner goes.
+  outdate(entries) {
+    if (!this.about) return;
+    for (const line of this.node.querySelectorAll("li")) {
+      const key = line.querySelector("[data-key]")?.dataset.key;
+      if (key && entries[key] !== this.about[key]) line.remove();
+    }
+    if (!this.node.querySelector("li")) this.clear();
   }
 
   busy(text) {
@@ -19,6 +30,7 @@ class Banner {
   // `aside`: what follows the title in a quieter voice.
   show(tone, title, items = [], actions = [], aside = "") {
     this.node.className = `lw-banner-${tone}`;
+    this.about = null;
     const close = make("button", { class: "lw-close", type: "button", "aria-label": t`Dismiss`, onclick: () => this.clear() }, "×");
     const head = make("div", { class: "lw-banner-head" },
       tone === "busy" ? make("span", { class: "lw-spinner", "aria-hidden": "true" }) : null,

@@ -18,6 +18,8 @@ class Bar {
     form.resetting = (p) => this.order(() => this.resetOne(p));
     form.whenChanged.push(() => this.count());
     form.whenChanged.push(() => this.draftLater());
+    form.whenChanged.push(() => banner.outdate(form.entries));
+    addEventListener("pagehide", () => this.draftAtOnce());
     document.addEventListener("keydown", (event) => {
       if ((event.ctrlKey || event.metaKey) && event.key === "Enter") { event.preventDefault(); byId("lw-start").click(); }
       if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "s") { event.preventDefault(); byId("lw-save").click(); }
@@ -73,6 +75,7 @@ class Bar {
 
   draftLater() {
     clearTimeout(this.drafting);
+    this.undrafted = true;
     this.drafting = setTimeout(async () => {
       const entries = this.form.entries;
       let answer;
@@ -82,9 +85,18 @@ class Bar {
         this.drafting = setTimeout(() => this.draftLater(), 3000);
         return;
       }
-      if (entries === this.form.entries) this.form.mark(answer.problems);
+      if (entries === this.form.entries) { this.form.mark(answer.problems); this.undrafted = false; }
       byId("form").dataset.drafted = String(Date.now());
     }, 500);
+  }
+
+  // A page that is closed is not waited for, so its last change is sent in a request that outlives it.
+  draftAtOnce() {
+    if (!this.undrafted) return;
+    const component_id = gradio_config.components.find((c) => c.props.elem_id === "bar").id;
+    const data = { entries: this.form.entries, kept: this.form.kept };
+    fetch("gradio_api/component_server/", { method: "POST", keepalive: true, headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ data, component_id, fn_name: "draft", session_hash: "closing" }) });
   }
 
   async load() {
@@ -221,5 +233,6 @@ class Bar {
     const items = [...errors, ...answer.problems.filter((p) => p.severity !== "error"), ...answer.notes];
     const title = errors.length ? errors.length === 1 ? t`One thing stands in the way of training:` : t`${errors.length} things stand in the way of training:` : success;
     this.banner.show(errors.length ? "error" : items.length ? "warning" : "good", title, items, actions);
+    if (errors.length && !elsewhere) this.banner.about = this.form.entries;
   }
 }

@@ -13,6 +13,7 @@ class Form {
     this.errors = new Map();
     this.remarks = new Map();
     this.forced = new Set();
+    this.found = new Map();
     this.readers = [];
     this.fillers = [];
     this.whenChanged = [];
@@ -148,6 +149,17 @@ class Form {
   // What the schema finds wrong, shown at the fields while they are being filled.
   mark(problems) {
     this.errors = new Map(problems.filter((p) => p.severity === "error" && this.known(p.key)).map((p) => [p.key, p.message]));
+    for (const [key, { message, entry }] of this.found) if (!this.errors.has(key) && this.entries[key] === entry) this.errors.set(key, message);
+    this.paint();
+  }
+
+  // What takes longer to find, as what is wrong with a path, stays marked until its entry is another. Nothing is
+  // wrong with a field that was not filled in yet.
+  markFound(problems) {
+    for (const [key, { message }] of this.found) if (this.errors.get(key) === message) this.errors.delete(key);
+    const filled = problems.filter((p) => p.severity === "error" && this.known(p.key) && this.entries[p.key] !== "");
+    this.found = new Map(filled.map((p) => [p.key, { message: p.message, entry: this.entries[p.key] }]));
+    for (const [key, { message }] of this.found) if (!this.errors.has(key)) this.errors.set(key, message);
     this.paint();
   }
 

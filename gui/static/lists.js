@@ -98,7 +98,7 @@ class RunList {
     const into_form = () => this.bar.take(answer, t`The form now holds the settings of ${run.id}, to go on from its newest state. Press Start training when they are right.`);
     const started = await this.bar.start({ entries: answer.entries, kept: answer.kept },
       [[t`Show its settings in the form`, () => this.bar.order(into_form)]]);
-    if (started) await this.bar.take(answer, t`${run.id} goes on from its newest state. The form now holds its settings.`);
+    if (started) await this.bar.take({ ...answer, entries: answer.form }, t`${run.id} goes on from its newest state. The form now holds its settings.`);
   }
 
   async files(run) {

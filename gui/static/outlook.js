@@ -28,6 +28,7 @@ class Outlook {
   }
 
   show({ summary, errors, size, like }) {
+    this.form.markFound(errors);
     this.form.remark("pretrained_model_name_or_path", summary.model || "");
     const parts = [];
     if (summary.images) {
@@ -42,8 +43,8 @@ class Outlook {
     if (like && summary.total_steps) {
       parts.push(t`about ${duration(like.seconds * summary.total_steps)} of steps${like.memory ? t`, ${bytes(like.memory)} of memory` : ""}, as in ${like.run}`);
     }
-    const wrong = errors && make("button", { class: "lw-link", type: "button", title: t`Check tells what`, onclick: () => byId("lw-check").click() },
-      errors === 1 ? t`one thing is still in the way` : t`${errors} things are still in the way`);
+    const wrong = errors.length > 0 && make("button", { class: "lw-link", type: "button", title: t`Check tells what`, onclick: () => byId("lw-check").click() },
+      errors.length === 1 ? t`one thing is still in the way` : t`${errors.length} things are still in the way`);
     this.node.replaceChildren(make("b", {}, t`Will be trained:`), " ", parts.join(" · ") || (wrong ? "" : t`nothing yet`), ...(wrong ? [parts.length ? " · " : "", wrong] : []));
   }
 }

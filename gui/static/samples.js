@@ -48,7 +48,7 @@ class Samples {
       const now = this.pictures.get(at).get(index);
       return make("figure", { class: "lw-sample" },
         make("div", { class: "lw-pair" }, before ? this.picture(before, without ? t`without LoRA` : "before") : null,
-          now ? this.picture(now, at === 0 ? "before" : t`step ${at}`) : make("div", { class: "lw-none" }, t`not drawn at this step`)),
+          now ? this.picture(now, at === 0 ? "before" : t`step ${at}`) : make("div", { class: "lw-none" }, at === steps.at(-1) && ["running", "stopping"].includes(byId("lw-pill").dataset.state) ? t`not drawn yet` : t`not drawn at this step`)),
         make("figcaption", { title: this.prompts.get(index) }, this.prompts.get(index)));
     }));
   }

@@ -94,9 +94,11 @@ def test_a_change_survives_a_reload_and_is_marked(page):
         "[...document.querySelectorAll('.lw-dot')].filter(dot => dot.offsetParent).map(dot => dot.parentElement.id)"
     )
     assert dots == ["field-cache_latents", "field-network_dim"]
-    page.reload()
+    set_text(page, "epoch", "7")
+    page.wait_for_selector("#lw-changed >> text=3 changed")
+    page.reload()  # sooner than what was typed last is sent by itself
     wait_ready(page)
-    assert page.inner_text("#lw-changed") == "2 changed"
+    assert page.inner_text("#lw-changed") == "3 changed"
     open_tab(page, "Parameters")
     assert shown(page, "network_dim") == "32"
     assert not page.get_by_label("Cache latents", exact=True).is_checked()
@@ -139,8 +141,20 @@ def test_a_bad_value_is_marked_while_it_is_typed(page):
     assert "whole number" in page.evaluate(
         "getComputedStyle(document.getElementById('field-epoch'), '::after').content"
     )
+    page.get_by_role("button", name="Check", exact=True).click()
+    page.wait_for_selector("#lw-banner >> text=One thing stands in the way")
     set_text(page, "epoch", "3")
     page.wait_for_selector("#field-epoch input:not([aria-invalid])")
+    page.wait_for_selector("#lw-banner:empty", state="attached")
+
+    open_tab(page, "Folders")
+    set_text(page, "train_data_dir", "/there/is/no/such/folder")
+    page.wait_for_selector("#field-train_data_dir input[aria-invalid]")
+    set_text(page, "output_name", "other")  # the mark of the path stays while another field is typed in
+    page.wait_for_timeout(600)
+    assert page.locator("#field-train_data_dir input[aria-invalid]").count() == 1
+    set_text(page, "train_data_dir", "")
+    page.wait_for_selector("#field-train_data_dir input:not([aria-invalid])")
 
 
 def test_help_opens_by_keyboard_and_by_mouse(page):

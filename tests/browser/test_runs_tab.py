@@ -1,9 +1,10 @@
 """The Runs tab: repeat, resume, files, delete, compare, and the queue."""
 
 import json
+import shutil
 import signal
 
-from tests.browser.conftest import eventually, open_tab, set_text, shown, wait_state
+from tests.browser.conftest import eventually, open_tab, set_text, shown, wait_drafted, wait_state
 from tests.browser.test_live import start
 from trainer.tools import contact
 
@@ -29,6 +30,10 @@ def ended(server, page, words, state="done", name="cat"):
     newest = max(server.runs.glob("2*"), key=lambda folder: folder.stat().st_mtime)
     eventually((newest / "exit").exists)
     return newest
+
+
+def drafted(server):
+    return json.loads((server.runs / "draft.json").read_text())
 
 
 def row(page, folder):
@@ -57,6 +62,15 @@ def test_a_crashed_run_goes_on_from_its_state_with_one_button(server, page):
     assert shown(page, "training_comment") == "steps=8 state crash"
     again = max(server.runs.glob("2*"), key=lambda folder: folder.stat().st_mtime)
     assert json.loads((again / "config.json").read_text())["resume"] == str(crashed / "output" / "last-state")
+    wait_drafted(page)
+    assert not drafted(server).get("resume"), "the state goes when training has gone on from it"
+    shutil.rmtree(crashed / "output" / "last-state")
+    wait_state(page, "done", "crashed")
+    open_tab(page, "Runs")
+    row(page, again).get_by_role("button", name="Repeat").click()
+    page.wait_for_selector("#lw-banner >> text=The form now holds the settings of")
+    wait_drafted(page)
+    assert not drafted(server).get("resume")
 
 
 def test_what_cannot_be_resumed_now_leaves_the_form_alone_and_what_never_can_says_why(server, page):
@@ -240,7 +254,7 @@ def test_a_grid_is_shown_as_it_is_drawn_and_a_file_chosen_from_it(server, page):
     page.keyboard.press("Escape")
     (run / "output" / "last.safetensors").unlink()
     page.get_by_role("button", name="Draw 2 pictures").click()
-    page.wait_for_selector("#lw-choose .lw-wrong >> text=LoRAs: is empty.")
+    page.wait_for_selector("#lw-choose .lw-wrong >> text=LoRAs: is empty, and the tool needs it")
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 

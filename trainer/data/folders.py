@@ -228,7 +228,10 @@ class _Folder:
                 "warning",
             )
         if not self.groups:
-            self.problem(f'no images are left to use in "{shown(self.path)}".')
+            ends = ", ".join(images.SUFFIXES)
+            self.problem(
+                f'no images are left to use in "{shown(self.path)}". Its inner folders NN_name want some: {ends}.'
+            )
 
     def _flat(self, here: _Group) -> None:
         name = self.path.absolute().name

@@ -89,6 +89,8 @@ class Parameter:
 
 
 def _number(value: float) -> str:
+    if isinstance(value, int):  # a float cannot hold all of a large one
+        return f"{value:,}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
 
 

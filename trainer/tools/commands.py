@@ -347,7 +347,7 @@ class Tool:
             wrong = {str(e["loc"][0]) for e in error.errors()}
             raise ConfigError([self._refusal(key, values.get(key, "")) for key in wrong]) from error
         problems = [
-            Problem(key, p.label, "is empty")
+            Problem(key, p.label, "is empty, and the tool needs it")
             for key, p in self.parameters.items()
             if key in (*self.inputs, "output") and not str(getattr(options, p.name)).strip()
         ]
