@@ -12,14 +12,19 @@ class Banner {
     this.about = null;
   }
 
-  // Lines about entries that were changed since are no longer so; with the last of them the banner goes.
+  // The banner's errors are about these entries; `titled` says how many there are.
+  blames(entries, titled) { this.about = { entries, titled }; }
+
+  // Lines about entries that were changed since are no longer so; with the last error the banner goes.
   outdate(entries) {
     if (!this.about) return;
     for (const line of this.node.querySelectorAll("li")) {
       const key = line.querySelector("[data-key]")?.dataset.key;
-      if (key && entries[key] !== this.about[key]) line.remove();
+      if (key && entries[key] !== this.about.entries[key]) line.remove();
     }
-    if (!this.node.querySelector("li")) this.clear();
+    const left = this.node.querySelectorAll(".lw-tag-error").length;
+    if (left) this.node.querySelector("strong").textContent = this.about.titled(left);
+    else this.clear();
   }
 
   busy(text) {

@@ -231,8 +231,9 @@ class Bar {
     const errors = answer.problems.filter((p) => p.severity === "error");
     if (!elsewhere) this.form.mark([...errors]);
     const items = [...errors, ...answer.problems.filter((p) => p.severity !== "error"), ...answer.notes];
-    const title = errors.length ? errors.length === 1 ? t`One thing stands in the way of training:` : t`${errors.length} things stand in the way of training:` : success;
+    const titled = (n) => (n === 1 ? t`One thing stands in the way of training:` : t`${n} things stand in the way of training:`);
+    const title = errors.length ? titled(errors.length) : success;
     this.banner.show(errors.length ? "error" : items.length ? "warning" : "good", title, items, actions);
-    if (errors.length && !elsewhere) this.banner.about = this.form.entries;
+    if (errors.length && !elsewhere) this.banner.blames(this.form.entries, titled);
   }
 }

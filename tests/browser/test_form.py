@@ -141,7 +141,10 @@ def test_a_bad_value_is_marked_while_it_is_typed(page):
     assert "whole number" in page.evaluate(
         "getComputedStyle(document.getElementById('field-epoch'), '::after').content"
     )
+    set_text(page, "network_dim", "none")
     page.get_by_role("button", name="Check", exact=True).click()
+    page.wait_for_selector("#lw-banner >> text=2 things stand in the way")
+    set_text(page, "network_dim", "8")
     page.wait_for_selector("#lw-banner >> text=One thing stands in the way")
     set_text(page, "epoch", "3")
     page.wait_for_selector("#field-epoch input:not([aria-invalid])")
