@@ -103,7 +103,7 @@ class Runs:
     def find(self, run_id: str) -> Run | None:
         """The run of that id; the newest that was started for ""; None if there is none."""
         if not run_id:
-            run_id = next((name for name in self.ids() if not Run(self.folder / name).queued.exists()), "")
+            run_id = next((name for name in self.ids() if _was_started(Run(self.folder / name))), "")
         return Run(self.folder / run_id) if _ID.fullmatch(run_id) and (self.folder / run_id).is_dir() else None
 
     def active(self) -> Run | None:
@@ -243,6 +243,11 @@ def launch(run: Run, command: Sequence[str], folder: Path, secrets: Mapping[str,
     waiter = threading.Thread(target=_await_exit, args=(run, process), name=f"exit of {run.folder.name}", daemon=True)
     _waiters[run.folder] = waiter
     waiter.start()
+
+
+def _was_started(run: Run) -> bool:
+    """Whether a run was; not while its folder is being made, or it waits in the queue."""
+    return any(file.exists() for file in (run.pid, run.events, run.exit))
 
 
 def began(run: Run) -> float:

@@ -76,6 +76,7 @@ class Live {
     if (answer.run !== this.run || answer.from !== this.events) this.forget(answer.run);
     if (answer.run === null) { this.idle(); return document.hidden ? 5000 : 2000; }
     this.answer = answer;
+    const before = this.state;
     this.state = answer.state;
     this.events = answer.events;
     if (this.log && answer.log_from !== this.logAt && this.logAt) this.log.clear();
@@ -87,6 +88,7 @@ class Live {
     this.chart.add(answer.points);
     if (this.samples.add(answer.samples)) this.chart.samples = this.samples.steps();
     this.show();
+    if (before !== this.state) this.samples.show(); // what is still to be drawn is so no longer
     if (answer.points.length || answer.samples.length || !this.drawn) this.chart.draw();
     this.drawn = true;
     this.log?.add(answer.text);

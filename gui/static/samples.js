@@ -46,9 +46,10 @@ class Samples {
       const without = this.without.get(index);
       const before = without || (first === 0 && at !== 0 ? this.pictures.get(0).get(index) : null);
       const now = this.pictures.get(at).get(index);
+      const drawing = at === steps.at(-1) && ["running", "stopping"].includes(byId("lw-pill").dataset.state);
       return make("figure", { class: "lw-sample" },
         make("div", { class: "lw-pair" }, before ? this.picture(before, without ? t`without LoRA` : "before") : null,
-          now ? this.picture(now, at === 0 ? "before" : t`step ${at}`) : make("div", { class: "lw-none" }, at === steps.at(-1) && ["running", "stopping"].includes(byId("lw-pill").dataset.state) ? t`not drawn yet` : t`not drawn at this step`)),
+          now ? this.picture(now, at === 0 ? "before" : t`step ${at}`) : make("div", { class: "lw-none" }, drawing ? t`not drawn yet` : t`not drawn at this step`)),
         make("figcaption", { title: this.prompts.get(index) }, this.prompts.get(index)));
     }));
   }

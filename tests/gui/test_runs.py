@@ -78,6 +78,12 @@ def test_a_run_whose_folder_goes_while_its_process_ends_is_forgotten_in_silence(
     assert run.folder not in runs._waiters
 
 
+def test_a_run_whose_folder_is_just_being_made_is_not_the_newest(shelf):
+    first = started(shelf, "steps=500")
+    shelf.folder_for({"output_name": "zebra"}, {})
+    assert shelf.find("") == first
+
+
 def test_a_second_start_is_refused_while_a_run_goes_on_and_welcome_after_it(shelf):
     first = started(shelf, "steps=500")
     with pytest.raises(BusyError, match=first.folder.name):
@@ -214,7 +220,10 @@ def test_what_a_run_saves_while_its_state_is_read_comes_with_that_state(quiet_ru
         return found
 
     monkeypatch.setattr(runs, "state", slow_state)
-    answer = live.poll(Runs(tmp_path, ROOT, FAKE), {"run": quiet_run.folder.name, "follow": "", "events": 0, "log": 0})
+    answer = live.poll(
+        Runs(tmp_path, ROOT, FAKE),
+        {"run": quiet_run.folder.name, "follow": quiet_run.folder.name, "events": 0, "log": 0},
+    )
     assert [saved["step"] for saved in answer["saved"]] == [3]
 
 
