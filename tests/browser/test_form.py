@@ -242,6 +242,7 @@ def test_what_changed_since_the_last_run_is_told_and_can_be_taken_back(server, p
     run = server.runs / "20260101-000000-last"
     run.mkdir()
     (run / "config.json").write_text('{"network_dim": 16}')
+    (run / "exit").write_text('{"code": 0}')
     open_tab(page, "Parameters")
     set_text(page, "epoch", "3")
     page.wait_for_selector("#lw-changed >> text=1 changed")
