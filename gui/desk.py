@@ -248,8 +248,8 @@ class Desk:
 
     def poll(self, ask: Ask) -> Answer:
         answer = live.poll(self.runs, ask)
-        if answer.get("samples"):
-            self.allow(self.runs.folder / answer["run"] / "samples")
+        for folder in {Path(sample["path"]).parent for sample in answer.get("samples", ())}:
+            self.allow(folder)
         if answer.get("state") in ALIVE:
             answer["waiting"] = [run.folder.name for run in self.queue.waiting()]
         return answer

@@ -36,6 +36,28 @@ def _saved(run: Run, size: int) -> tuple[tuple[Path, str, float], ...]:
     return tuple((run.folder / str(e["path"]), str(e["what"]), float(str(e["time"]))) for e in found)
 
 
+def origin(run: Run) -> tuple[Run, int] | None:
+    """The run beside this one whose state it went on from, and behind which step; None where there is none (any more)."""
+    try:
+        started = _started(run, run.events.stat().st_size)
+    except FileNotFoundError:
+        return None
+    if not started or not started.get("resumed"):
+        return None
+    state, wrote = Path(str(started["resumed"])).resolve(), {}
+    for folder in run.folder.parent.glob(f"*/{run.events.name}"):
+        other = Run(folder.parent)
+        for path, what, when in saved(other) if other.folder != run.folder else ():
+            if what == "state" and when <= started["time"] and path.resolve() == state:
+                wrote[when] = other
+    return (wrote[max(wrote)], int(started["first_step"]) - 1) if wrote else None
+
+
+@lru_cache(256)
+def _started(run: Run, size: int) -> dict[str, Any] | None:
+    return next((event for event, _ in events.read(run.events) if event["type"] == "started"), None)
+
+
 def checkpoints(run: Run) -> list[dict[str, Any]]:
     """The LoRA files of a run that are still there, oldest first: name, path, step, epoch."""
     found: dict[str, dict[str, Any]] = {}

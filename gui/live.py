@@ -88,6 +88,22 @@ def _sort_in(event: Mapping[str, Any], news: dict[str, Any], run: Run) -> None:
         news["verified" if kind == "verified" else "warnings"].append(event)
     elif kind in ("started", "phase", "failed", "ended"):
         news[kind] = event
+        if kind == "started" and not news["points"]:
+            news["points"], news["samples"] = _before(run)
+
+
+def _before(run: Run) -> tuple[list[Any], list[Any]]:
+    """Points of the loss and samples from before a resumed run, of the runs that it goes on from."""
+    if (origin := history.origin(run)) is None:
+        return [], []
+    earlier, last = origin
+    points, samples = _before(earlier)
+    news: dict[str, Any] = {"points": points, "samples": samples}
+    for event, _ in events.read(earlier.events):
+        if event["type"] in ("step", "sample") and event["step"] <= last:
+            _sort_in(event, news, earlier)
+    gap = -(-len(points) // history.MOST_POINTS) or 1
+    return points[::-1][::gap][::-1], samples
 
 
 def log_from(path: Path, offset: int) -> dict[str, Any]:

@@ -223,6 +223,7 @@ class Runs:
             "loss": step.get("average_loss") if step else None,
             "sweep": run.sweep.read_text() if run.sweep.exists() else "",
             "files": sum(what != "state" for _, what, _ in history.saved(run)),
+            "origin": origin[0].folder.name if (origin := history.origin(run)) else "",
             "stranded": history.stranded(run) if now in ("stopped", "crashed") else None,
         }
 

@@ -102,6 +102,7 @@ class View:
         answer["samples"] = [
             {**_pick(sample, "samples"), "address": f"samples/{moment}/{Path(sample['path']).name}"}
             for sample in whole["samples"]
+            if newest and inside(Path(sample["path"]), [newest.samples])  # not those of the run that it goes on from
         ]
         if str(answer.get("phase", {}).get("name", "")).startswith("saving "):
             answer["phase"]["name"] = "saving"  # not the file's name

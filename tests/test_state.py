@@ -269,6 +269,13 @@ def test_a_random_seed_goes_on_with_the_state(saved, resume):
     assert of_type(events, "started")[0]["seed"] == state.read(saved[0]).seed
 
 
+def test_a_resumed_run_tells_which_state_it_went_on_from(saved, resume, train, tmp_path):
+    _, events, _ = resume()
+    assert of_type(events, "started")[0]["resumed"] == str(tmp_path / "a state")
+    _, events, _ = train(saved[1] | {"output_dir": str(tmp_path / "new")})
+    assert of_type(events, "started")[0]["resumed"] == ""
+
+
 def test_a_stop_right_after_resuming_says_where_it_went_on_from(resume, tmp_path, caplog):
     caplog.set_level("INFO")
     run = tmp_path / "run1"

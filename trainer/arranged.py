@@ -59,7 +59,9 @@ def arrange(model: torch.nn.Module) -> None:
         layer.__class__ = ArrangedConv
         del weight
     give_back_memory()
-    log.info("%d convolutions are arranged for this processor; twice %d MB", len(layers), size // 10**6)
+    log.info(
+        "%d convolutions are kept as this processor computes them fastest, for %d MB more", len(layers), size // 10**6
+    )
 
 
 def _fits(layer: torch.nn.Conv2d) -> bool:

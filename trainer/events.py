@@ -40,6 +40,8 @@ class Started(Event):
     total_steps: int
     first_step: int
     seed: int
+    resumed: str = ""
+    """The folder of the state that it goes on from."""
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,7 @@ def _train(config: Config, run: Run, events: EventLog, requests: Requests) -> in
             total_steps=length.total_steps,
             first_step=session.first_step,
             seed=session.seed,
+            resumed=str(session.resumed.folder.absolute()) if session.resumed else "",
         )
     )
     log.info(

@@ -86,7 +86,6 @@ class Bar {
         return;
       }
       if (entries === this.form.entries) { this.form.mark(answer.problems); this.undrafted = false; }
-      byId("form").dataset.drafted = String(Date.now());
     }, 500);
   }
 

@@ -11,7 +11,7 @@ class Chart {
   }
 
   clear() {
-    Object.assign(this, { steps: [], loss: [], average: [], rates: [], samples: [], pointer: null });
+    Object.assign(this, { steps: [], loss: [], average: [], rates: [], samples: [], resumed: null, pointer: null });
   }
 
   // points: [step, loss, average of the last steps, U-Net's rate, text encoder's rate]
@@ -42,6 +42,13 @@ class Chart {
     }
     const { box, x, y } = axes(pen, width, height, colour, steps[0], steps[steps.length - 1], loss);
     const first = steps[0];
+    if (this.resumed > first) {
+      const at = Math.round(x(this.resumed)) + 0.5;
+      pen.strokeStyle = colour("--lw-muted");
+      pen.setLineDash([3, 3]);
+      pen.beginPath(); pen.moveTo(at, box.top); pen.lineTo(at, box.bottom); pen.stroke();
+      pen.setLineDash([]);
+    }
     pen.save();
     pen.beginPath(); pen.rect(box.left, box.top - 4, box.right - box.left, box.bottom - box.top + 4); pen.clip();
     // Where a pixel column holds many steps, it shows their range.

@@ -61,8 +61,10 @@ class RunList {
     return make("tr", { "aria-current": run.id === this.live.run ? "true" : null },
       make("td", {}, waits ? "" : choose),
       make("td", {}, make("span", { class: "lw-pill", "data-state": run.state }, waits ? t`queued ${place + 1}` : said(run.state))),
-      make("td", {}, waits ? run.name : make("button", { class: "lw-link", type: "button", title: t`Show ${run.id} at the side`, "data-act": run.id, onclick: () => { this.live.watch(run.id); setTimeout(() => this.again(), 400); } }, run.name),
+      make("td", {}, waits ? run.name : this.shower(run.id, run.name),
         make("div", { class: "lw-facts" }, waits ? t`Added ${moment(run.began)}` : moment(run.began), " · ", make("span", {}, run.id)),
+        run.origin && this.kin(t`Went on from `, run.origin),
+        ...this.runs.filter((other) => other.origin === run.id).map((other) => this.kin(t`Went on as `, other.id)),
         this.stranded(run)),
       make("td", { class: "lw-number" }, run.total ? `${run.step}/${run.total}` : "–"),
       make("td", { class: "lw-number" }, run.loss === null ? "–" : run.loss.toPrecision(3)),
@@ -70,6 +72,14 @@ class RunList {
         waits ? place > 0 && act(said("Earlier"), turn("earlier")) : act(said("Files"), () => this.files(run)),
         waits ? act(said("Remove"), turn("remove")) : !alive && act(said("Delete"), () => this.remove(run))));
   }
+
+  // A button that shows a run in the panel at the side.
+  shower(id, words, more = {}) {
+    return make("button", { class: "lw-link", type: "button", title: t`Show ${id} at the side`, "data-act": id, ...more,
+      onclick: () => { this.live.watch(id); setTimeout(() => this.again(), 400); } }, words);
+  }
+
+  kin(words, id) { return make("div", { class: "lw-facts" }, words, this.shower(id, id, { class: "lw-link lw-small", "data-act": null })); }
 
   // The table of all runs of the same sweep, as far as they are, in the order in which they start.
   async sweep({ sweep }) {

@@ -85,6 +85,7 @@ class Live {
     this.saved.push(...answer.saved);
     for (const proof of answer.verified) this.proofs.set(proof.path, proof);
     this.warnings.push(...answer.warnings);
+    this.chart.resumed = this.started?.first_step > 1 ? this.started.first_step : null;
     this.chart.add(answer.points);
     if (this.samples.add(answer.samples)) this.chart.samples = this.samples.steps();
     this.show();
@@ -175,7 +176,7 @@ class Live {
 
   outline() {
     const s = this.started;
-    return s ? t`${counted(s.images, "image")} · ${s.family} · ${s.device} · ${s.precision} · seed ${s.seed}` : "";
+    return s ? t`${counted(s.images, "image")} · ${s.family} · ${s.device} · ${s.precision} · seed ${s.seed}` + (s.first_step > 1 ? t` · resumed at step ${s.first_step}` : "") : "";
   }
 
   // What is between two figures is where a narrow panel may break the line.

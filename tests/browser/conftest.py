@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from tests.browser.serve import IMPORTED_ONCE, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 # The shell is the same engine without a window's parts; it puts a page together in half the time.
@@ -36,15 +40,55 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="there is no Chromium on this machine"))
 
 
+class Command:
+    """`python app.py` as a user starts it."""
+
+    def __init__(self, *words: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, str(ROOT / "app.py"), *words]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.stdout = self.process.stdout
+
+    def end(self, by: signal.Signals) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(by)
+            self.process.wait(10)
+
+
+class Fork:
+    """The page with the stand-in for the trainer, from a process that has imported Gradio once for all of them."""
+
+    context = multiprocessing.get_context("forkserver")
+
+    def __init__(self, *words: str) -> None:
+        self.context.set_forkserver_preload(IMPORTED_ONCE)
+        told, tell = self.context.Pipe(duplex=False)
+        self.process = self.context.Process(target=serve, args=(words, tell))
+        self.process.start()
+        tell.close()
+        self.stdout = os.fdopen(os.dup(told.fileno()), encoding="utf-8")
+
+    def end(self, by: signal.Signals) -> None:
+        if self.process.is_alive():
+            os.kill(self.process.pid, by)
+            self.process.join(10)
+        self.stdout.close()
+
+
+REAL, FAKE = Command, Fork
+
+
 @dataclass
 class Server:
     """A page's server in a process of its own."""
 
     runs: Path
-    program: Path
     arguments: tuple[str, ...] = ()
     port: int = 0
-    process: subprocess.Popen | None = field(default=None, repr=False)
+    process: Command | Fork | None = field(default=None, repr=False)
+    by: type[Command] | type[Fork] = FAKE
 
     @property
     def url(self) -> str:
@@ -55,32 +99,15 @@ class Server:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 self.port = probe.getsockname()[1]
-        command = [
-            sys.executable,
-            str(self.program),
-            "--server_port",
-            str(self.port),
-            "--runs",
-            str(self.runs),
-            *self.arguments,
-        ]
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        )
+        self.process = self.by("--server_port", str(self.port), "--runs", str(self.runs), *self.arguments)
         for line in self.process.stdout:
             if "Lorawright is at" in line:
                 return
-        raise RuntimeError(f"the server ended with {self.process.wait()}")
+        raise RuntimeError("the server ended before it served")
 
     def stop(self, by: signal.Signals = signal.SIGTERM) -> None:
-        if self.process and self.process.poll() is None:
-            self.process.send_signal(by)
-            self.process.wait(10)
+        if self.process:
+            self.process.end(by)
 
     def end_runs(self) -> None:
         from gui.runs import kill
@@ -106,19 +133,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(runs: Path, program: str, *arguments: str) -> Iterator[Server]:
+def serving(runs: Path, by: type[Command] | type[Fork], *arguments: str) -> Iterator[Server]:
     runs.mkdir(parents=True, exist_ok=True)
-    server = Server(runs, ROOT / program, arguments)
+    server = Server(runs, arguments, by=by)
     server.start()
     try:
         yield server
     finally:
         server.stop()
         server.end_runs()
-
-
-FAKE = "tests/browser/serve.py"
-REAL = "app.py"
 
 
 @pytest.fixture(scope="session")
@@ -149,6 +172,13 @@ def chromium():
         browser.close()
 
 
+HASTE = """{
+    const later = window.setTimeout;
+    window.setTimeout = (call, ms = 0, ...rest) => later(call, ms < 300 || window.unhurried ? ms : ms / 4, ...rest);
+}"""
+"""Between its questions to the server the page waits a quarter as long."""
+
+
 class Visits:
     """Pages opened in Chromium. Errors in them and requests to other hosts are gathered.
 
@@ -177,6 +207,7 @@ class Visits:
         page.set_viewport_size({"width": width, "height": height})
         page.emulate_media(color_scheme="dark" if dark else "light")
         page.set_default_timeout(15000)
+        page.add_init_script(HASTE)
         page.on("pageerror", lambda error: self.found.append(f"error in the page: {error}"))
         page.on(
             "console",
@@ -257,10 +288,12 @@ def put_back(page) -> None:
     page.keyboard.press("Escape")
     page.mouse.move(0, 0)
     page.locator("dialog").wait_for(state="detached")
-    page.get_by_role("button", name="Reset to defaults").click()
-    page.wait_for_selector("#lw-banner >> text=All parameters are back at their defaults")
-    page.wait_for_selector("#lw-changed >> text=all default")
-    page.get_by_role("button", name="Dismiss").click()
+    if page.inner_text("#lw-changed") != "all default":
+        page.get_by_role("button", name="Reset to defaults").click()
+        page.wait_for_selector("#lw-banner >> text=All parameters are back at their defaults")
+        page.wait_for_selector("#lw-changed >> text=all default")
+    if page.locator("#lw-banner").is_visible():
+        page.get_by_role("button", name="Dismiss").click()
     open_tab(page, "Parameters", "Basic", "Source model")
     page.evaluate("document.getElementById('lw-latest').click()")  # what was pinned is gone
     page.wait_for_selector("#lw-pill[data-state=idle]")
@@ -294,10 +327,9 @@ def shown(page, key: str) -> str:
     return page.locator(f"#field-{key}").locator("input, textarea").input_value()
 
 
-def wait_drafted(page, after: float = 0) -> None:
-    """Wait until the draft on the server holds what the form shows now."""
-    began = page.evaluate("Date.now()")
-    page.wait_for_function("began => Number(document.getElementById('form').dataset.drafted || 0) > began", arg=began)
+def drafted(server: Server) -> dict:
+    """The form as the server keeps it for the next visit."""
+    return json.loads((server.runs / "draft.json").read_text())
 
 
 def eventually(check: Callable[[], bool], patience_s: float = 15) -> None:

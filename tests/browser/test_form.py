@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from tests.browser.conftest import open_tab, set_text, shown, wait_drafted, wait_ready
+from tests.browser.conftest import drafted, eventually, open_tab, set_text, shown, wait_ready
 
 OLD = {
     "sample_prompts": "a\nb",
@@ -83,17 +83,18 @@ def test_the_banner_names_the_control_and_a_click_focuses_it(page, width):
     page.wait_for_function("document.activeElement.closest('.field')?.id === 'field-keep_tokens'")
 
 
-def test_a_change_survives_a_reload_and_is_marked(page):
+def test_a_change_survives_a_reload_and_is_marked(server, page):
     assert page.inner_text("#lw-changed") == "all default"
     open_tab(page, "Parameters")
     set_text(page, "network_dim", "32")
     page.get_by_label("Cache latents", exact=True).uncheck()
     page.wait_for_selector("#lw-changed >> text=2 changed")
-    wait_drafted(page)
+    eventually(lambda: str(drafted(server).get("network_dim")) == "32")
     dots = page.evaluate(
         "[...document.querySelectorAll('.lw-dot')].filter(dot => dot.offsetParent).map(dot => dot.parentElement.id)"
     )
     assert dots == ["field-cache_latents", "field-network_dim"]
+    page.evaluate("window.unhurried = true")
     set_text(page, "epoch", "7")
     page.wait_for_selector("#lw-changed >> text=3 changed")
     page.reload()  # sooner than what was typed last is sent by itself

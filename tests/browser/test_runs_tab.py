@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 
-from tests.browser.conftest import eventually, open_tab, set_text, shown, wait_drafted, wait_state
+from tests.browser.conftest import drafted, eventually, open_tab, set_text, shown, wait_state
 from tests.browser.test_live import start
 from trainer.tools import contact
 
@@ -30,10 +30,6 @@ def ended(server, page, words, state="done", name="cat"):
     newest = max(server.runs.glob("2*"), key=lambda folder: folder.stat().st_mtime)
     eventually((newest / "exit").exists)
     return newest
-
-
-def drafted(server):
-    return json.loads((server.runs / "draft.json").read_text())
 
 
 def row(page, folder):
@@ -62,14 +58,19 @@ def test_a_crashed_run_goes_on_from_its_state_with_one_button(server, page):
     assert shown(page, "training_comment") == "steps=8 state crash"
     again = max(server.runs.glob("2*"), key=lambda folder: folder.stat().st_mtime)
     assert json.loads((again / "config.json").read_text())["resume"] == str(crashed / "output" / "last-state")
-    wait_drafted(page)
+    eventually(lambda: drafted(server).get("training_comment") == "steps=8 state crash")
     assert not drafted(server).get("resume"), "the state goes when training has gone on from it"
-    shutil.rmtree(crashed / "output" / "last-state")
+    wait_state(page, "starting", "running")
     wait_state(page, "done", "crashed")
+    shutil.rmtree(crashed / "output" / "last-state")
+    enter(page, words="something else")
+    eventually(lambda: drafted(server)["training_comment"] == "something else")
     open_tab(page, "Runs")
+    assert f"Went on from {crashed.name}" in row(page, again).inner_text()
+    assert f"Went on as {again.name}" in row(page, crashed).inner_text()
     row(page, again).get_by_role("button", name="Repeat").click()
     page.wait_for_selector("#lw-banner >> text=The form now holds the settings of")
-    wait_drafted(page)
+    eventually(lambda: drafted(server)["training_comment"] == "steps=8 state crash")
     assert not drafted(server).get("resume")
 
 
@@ -86,7 +87,7 @@ def test_what_cannot_be_resumed_now_leaves_the_form_alone_and_what_never_can_say
     row(page, crashed).get_by_role("button", name="Resume").click()
     page.locator("#lw-banner").get_by_role("button", name="Add to the queue").click()
     page.wait_for_selector("#lw-banner >> text=In the queue")
-    page.wait_for_selector("#lw-next >> text=cat starts at once")
+    page.wait_for_selector("#lw-next >> text=/cat(-2)? starts at once/")
     (queued,) = (folder.parent for folder in server.runs.glob("2*/queued"))
     assert json.loads((queued / "config.json").read_text())["resume"] == str(crashed / "output" / "last-state")
     open_tab(page, "Source model")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.browser.conftest import FAKE, ROOT, eventually, serving, set_text, wait_ready
+from tests.browser.conftest import FAKE, REAL, ROOT, eventually, serving, set_text, wait_ready
 from tests.browser.test_form import load, put_preset
 from tests.browser.test_live import loss_is_drawn
 from trainer.schema import defaults
@@ -52,7 +52,7 @@ def test_from_launch_to_usable_takes_five_seconds_at_most(tmp_path, visit):
     for attempt in range(3):
         busy = slowness()
         began = time.monotonic()
-        with serving(tmp_path / str(attempt), FAKE) as server:
+        with serving(tmp_path / str(attempt), REAL) as server:
             visit(server)
             taken.append((time.monotonic() - began) / max(1, (busy + slowness()) / 2))
         if taken[-1] <= 5:

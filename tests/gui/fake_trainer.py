@@ -19,17 +19,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from trainer import doctor, kohya
-from trainer.__main__ import main
-from trainer.errors import ConfigError
 from trainer.events import Ended, EventLog, Failed, Phase, Sample, Saved, Started, Step, Verified, Warned
 from trainer.run import Run
-from trainer.schema import parse
-from trainer.state import FORMAT, HEADER, TENSORS, VERSION
-from trainer.tools.commands import TOOLS
 
 
 def check(path: Path, *, trial: bool = False) -> int:
+    from trainer import kohya
+    from trainer.errors import ConfigError
+    from trainer.schema import parse
+
     preset = kohya.load(path)
     try:
         parse(preset.values)
@@ -54,7 +52,7 @@ def check(path: Path, *, trial: bool = False) -> int:
 
 
 def train(path: Path, folder: Path) -> int:
-    values = kohya.load(path).values
+    values = json.loads(path.read_text())
     words = dict(word.partition("=")[::2] for word in str(values.get("training_comment", "")).split())
     total, pause = int(words.get("steps", 20)), float(words.get("pause", 0.02))
     if "room" in words:
@@ -67,14 +65,17 @@ def train(path: Path, folder: Path) -> int:
     time.sleep(pause)
     events.emit(Phase("caching latents", 2, 4))
     time.sleep(pause)
-    events.emit(Started("fake", "Fake Diffusion", "cpu", "no", 4, 8, 10, total, 1, 42))
+    past = values.get("resume") or ""
+    past = "" if past == "auto" else past
+    first = 1 + (json.loads(next(Path(past).glob("*.json")).read_text())["step"] if past else 0)
+    events.emit(Started("fake", "Fake Diffusion", "cpu", "no", 4, 8, 10, total, first, 42, past))
     if "silent" in words:
         time.sleep(60)
     prompts = [p for p in str(values.get("sample_prompts", "")).splitlines() if p] or ["a cat", "a dog"]
     sample(run, events, 0, prompts)
     events.emit(Warned("Mixed precision fp16 needs a GPU; bf16 is used instead.", "Set Mixed precision to bf16 or no."))
     offset = 0
-    for step in range(1, total + 1):
+    for step in range(first, total + 1):
         time.sleep(pause)
         average = (0.1 + 0.3 * math.exp(-step / 40)) * float(words.get("loss", 1))
         loss = average + 0.03 * math.sin(step * 12.9)
@@ -112,6 +113,7 @@ def train_for_real(room: int) -> int:
     import resource
 
     import trainer.loop  # noqa: F401
+    from trainer.__main__ import main
 
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + room, held + room))
@@ -128,6 +130,8 @@ def sample(run: Run, events: EventLog, step: int, prompts: list[str]) -> None:
 
 def state(folder: Path, step: int) -> Path:
     """A whole state's folder, with tensors of no use."""
+    from trainer.state import FORMAT, HEADER, TENSORS, VERSION
+
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TENSORS).write_bytes(b"1234")
     header = {"format": FORMAT, "version": VERSION, "step": step, "seed": 1, "batches_per_epoch": 8}
@@ -151,11 +155,17 @@ def save(run: Run, events: EventLog, step: int, what: str) -> str:
     return str(path)
 
 
+def truly(words: list[str]) -> int:
+    """The real program, whose doctor leaves out its minute of training."""
+    from trainer import doctor
+    from trainer.__main__ import main
+
+    doctor.LOOKS = (doctor._writing, doctor._room)
+    return main(words)
+
+
 if __name__ == "__main__":
     command, *rest = sys.argv[1:]
-    if command in (*TOOLS, "doctor", "draws"):
-        doctor.LOOKS = (doctor._writing, doctor._room)  # no minute of training
-        sys.exit(main())
-    sys.exit(
-        check(Path(rest[0]), trial="--trial" in rest) if command == "check" else train(Path(rest[0]), Path(rest[2]))
-    )
+    if command == "check":
+        sys.exit(check(Path(rest[0]), trial="--trial" in rest))
+    sys.exit(train(Path(rest[0]), Path(rest[2])) if command == "train" else truly(sys.argv[1:]))

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from gui import history
+from gui import history, live
+from gui.runs import Runs
 from tests.gui.fake_trainer import state
-from trainer.events import EventLog, Sample, Saved, Step
+from trainer.events import EventLog, Phase, Sample, Saved, Started, Step
 from trainer.run import Run
 
 
@@ -116,3 +119,70 @@ def test_a_run_with_nothing_else_in_it_is_gone_whole(run):
     run.log.write_text("x")
     history.delete(run)
     assert not run.folder.exists()
+
+
+def step(n):
+    return Step(n, 100, 1, 1, 0.5, 1 / n, 1e-4, None, 2.0, None, 0)
+
+
+@pytest.fixture
+def line_of_runs(tmp_path):
+    """Three runs, each resumed from the state in the middle of the one before: steps 1–20, 11–30, 21–40."""
+    state, made = "", []
+    for index, name in enumerate(("one", "two", "three")):
+        run = Run(tmp_path / "runs" / f"20260101-00000{index}-{name}")
+        run.samples.mkdir(parents=True)
+        run.config.write_text("{}")
+        log, first = EventLog(run.events), 10 * index + 1
+        log.emit(Phase("loading the base model"))
+        log.emit(Started(name, "SD 1.5", "cpu", "no", 4, 8, 10, 100, first, 42, state))
+        for n in range(first, first + 20):
+            log.emit(step(n))
+            if n % 10 == 0:
+                path = run.samples / f"{n}.png"
+                path.write_bytes(b"")
+                log.emit(Sample(f"samples/{path.name}", "a cat", 0, 7, n))
+            if n == first + 9:
+                state = str(tmp_path / "out" / f"{name}-state")
+                log.emit(Saved(state, n, 1, "state"))
+        made.append(run)
+    return made
+
+
+def told(run):
+    shelf = Runs(run.folder.parent, run.folder.parent, ())
+    return live.poll(shelf, {"run": run.folder.name, "follow": run.folder.name, "events": 0, "log": 0})
+
+
+def test_a_resumed_run_shows_the_curve_and_samples_of_those_that_it_goes_on_from(line_of_runs):
+    answer = told(line_of_runs[2])
+    assert [point[0] for point in answer["points"]] == list(range(1, 41))
+    assert answer["step"]["step"] == 40
+    drawn = [(sample["step"], Path(sample["path"]).parents[1].name[16:]) for sample in answer["samples"]]
+    assert drawn == [(10, "one"), (20, "two"), (30, "three"), (40, "three")]
+    assert [history.origin(run) for run in line_of_runs] == [None, (line_of_runs[0], 10), (line_of_runs[1], 20)]
+
+
+def test_what_came_before_a_resume_is_sent_once_and_thinned(line_of_runs, monkeypatch):
+    monkeypatch.setattr(history, "MOST_POINTS", 7)
+    first = told(line_of_runs[2])
+    earlier = [point[0] for point in first["points"] if point[0] <= 20]
+    assert len(earlier) <= 7 and earlier[-1] == 20
+    EventLog(line_of_runs[2].events).emit(step(41))
+    ask = {"run": line_of_runs[2].folder.name, "follow": "", "events": first["events"], "log": 0}
+    shelf = Runs(line_of_runs[2].folder.parent, line_of_runs[2].folder.parent, ())
+    assert [point[0] for point in live.poll(shelf, ask)["points"]] == [41]
+
+
+def test_a_resumed_run_whose_origin_was_deleted_begins_at_its_resume(line_of_runs):
+    shutil.rmtree(line_of_runs[1].folder)
+    assert history.origin(line_of_runs[2]) is None
+    assert told(line_of_runs[2])["points"][0][0] == 21
+
+
+def test_of_two_runs_that_wrote_a_state_of_that_name_the_later_one_is_the_origin(line_of_runs):
+    first, second, third = line_of_runs
+    text = second.events.read_text().replace("two-state", "one-state")
+    second.events.write_text(text)
+    third.events.write_text(third.events.read_text().replace("two-state", "one-state"))
+    assert history.origin(third) == (second, 20) and history.origin(second) == (first, 10)

@@ -218,9 +218,10 @@ def test_an_interrupted_merge_leaves_nothing_and_the_old_file_as_it_was(tiny_mod
 def test_a_file_in_the_way_is_kept_under_a_name_with_its_date(tiny_model, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     out.write_text("old")
-    merged(capsys, tiny_model, loras.write(tmp_path / "l.safetensors"), "--output", out)
+    code, told = run(capsys, "merge", tiny_model, loras.write(tmp_path / "l.safetensors"), "--output", out)
     (kept,) = tmp_path.glob("out-of-*.safetensors")
-    assert kept.read_text() == "old" and load_file(out)
+    assert code == 0 and kept.read_text() == "old" and load_file(out)
+    assert f"Written: {out} (what was there is kept as {kept.name})" in str(told)
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,9 @@ def run(options: Extract, tell: Tell) -> Report:
             "ss_network_args": json.dumps(conv if options.conv_rank else {}),
             **spec(original.family, tuned.prediction, out.stem, [], is_lora=True),
         }
-        save_layers(out, layers, precision_of(options.precision, stored), metadata)
+        told_of_file = save_layers(out, layers, precision_of(options.precision, stored), metadata)
     return Report(
-        [f"{len(layers)} layers of rank {options.rank}.", f"Written: {out}"],
+        [f"{len(layers)} layers of rank {options.rank}.", told_of_file],
         path=str(out),
         columns=("Layer", "Rank", "Norm kept", "Largest difference"),
         rows=rows,

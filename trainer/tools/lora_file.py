@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from trainer.checkpoint import DTYPES, hashes, on_disk
+from trainer.checkpoint import DTYPES, hashes
 from trainer.errors import ConfigError, ModelError, Problem
 from trainer.lora.reading import LoraFile
 from trainer.lora.recognise import CONVOLUTION
@@ -21,7 +21,7 @@ from trainer.models.families import header_of
 from trainer.models.weights import DTYPES as FILE_DTYPES
 from trainer.paths import resolve
 from trainer.tensorfile import TensorInfo
-from trainer.tools.stream import cast, unfinished
+from trainer.tools.stream import cast, finish
 
 UP, DOWN, MID, ALPHA = "lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha"
 # Tensors of types whose ΔW is made of the base model's weight, so that it is not known without one.
@@ -124,8 +124,8 @@ def precision_of(name: str, tensors: Iterable[TensorInfo]) -> torch.dtype:
     return FILE_DTYPES[max(tensors, key=lambda info: info.size).dtype]
 
 
-def save_layers(path: Path, layers: Mapping[str, Roles], dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-    """Write a LoRA file, its hashes included. Raises TrainingError for a value that is not a number."""
+def save_layers(path: Path, layers: Mapping[str, Roles], dtype: torch.dtype, metadata: Mapping[str, str]) -> str:
+    """Write a LoRA file, its hashes included. Returns the sentence that says so. Raises TrainingError for a value that is not a number."""
     tensors = {
         f"{name}.{role}": cast(tensor, dtype, f"{name}.{role}") if tensor.is_floating_point() else tensor
         for name, roles in layers.items()
@@ -133,12 +133,7 @@ def save_layers(path: Path, layers: Mapping[str, Roles], dtype: torch.dtype, met
     }
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     data = save(tensors, {**metadata, **hashes(tensors, metadata)})
-
-    def write(path: Path) -> None:
-        with unfinished(path) as temporary, temporary.open("wb") as file:
-            file.write(data)
-
-    on_disk(path, write)
+    return finish(path, lambda temporary: temporary.write_bytes(data))[1]
 
 
 def ranks_told(layers: Mapping[str, Roles]) -> dict[str, str]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import on_disk
 from trainer.errors import ModelError
 from trainer.lora.names import Layer, layer
 from trainer.lora.reading import LoraFile, read
@@ -20,7 +19,7 @@ from trainer.tools import Report, Tell
 from trainer.tools.base import Base, open_base
 from trainer.tools.commands import Merge
 from trainer.tools.lora_file import Roles, precision_of, spec, written
-from trainer.tools.stream import cast, unfinished, write
+from trainer.tools.stream import cast, finish, write
 
 Updates = Mapping[Layer, list[tuple[Roles, float]]]
 
@@ -46,15 +45,14 @@ def run(options: Merge, tell: Tell) -> Report:
             done += 1
             tell("merging", done, total)
 
-        def write_all(path: Path) -> None:
-            with unfinished(path) as temporary:
-                if base.is_folder:
-                    copy_beside(base, temporary)
-                for source in base.files:
-                    to = temporary / source.relative_to(base.path) if base.is_folder else temporary
-                    _write(base, source, to, updates, options.precision, written_metadata, counted)
+        def write_all(temporary: Path) -> None:
+            if base.is_folder:
+                copy_beside(base, temporary)
+            for source in base.files:
+                to = temporary / source.relative_to(base.path) if base.is_folder else temporary
+                _write(base, source, to, updates, options.precision, written_metadata, counted)
 
-        on_disk(out, write_all)
+        _, told_of_file = finish(out, write_all)
         parts = sorted({place.part for place in updates})
         warnings = (
             [f"{len(strangers)} layers of the LoRAs are not in this model, the first is {strangers[0]}."]
@@ -62,7 +60,7 @@ def run(options: Merge, tell: Tell) -> Report:
             else []
         )
         return Report(
-            [f"{len(updates)} layers of {len(parts)} parts ({', '.join(parts)}) were changed.", f"Written: {out}"],
+            [f"{len(updates)} layers of {len(parts)} parts ({', '.join(parts)}) were changed.", told_of_file],
             path=str(out),
             warnings=warnings,
         )

@@ -70,11 +70,11 @@ def run(options: MergeLoras, tell: Tell) -> Report:
         **ranks_told(layers),
         **spec(family, prediction, out.stem, [path for path, _ in pairs], is_lora=True),
     }
-    save_layers(out, layers, dtype, metadata)
+    told_of_file = save_layers(out, layers, dtype, metadata)
     ranks = sorted({len(roles[DOWN]) for roles in layers.values()})
     told = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     return Report(
-        [f"{len(files)} LoRAs, {len(layers)} layers of rank {told}.", f"Written: {out}"],
+        [f"{len(files)} LoRAs, {len(layers)} layers of rank {told}.", told_of_file],
         path=str(out),
         warnings=biases_left_out(left_out),
     )

@@ -81,14 +81,14 @@ def run(options: Resize, tell: Tell) -> Report:
         **_told(options, layers),
     }
     dtype = precision_of(options.precision, file.about.tensors.values())
-    save_layers(out, layers, dtype, metadata)
+    told_of_file = save_layers(out, layers, dtype, metadata)
     before, after = source.stat().st_size, out.stat().st_size
     return Report(
         [
             f"{len(layers)} layers; on average {sum(shares) / len(shares):.1%} of a layer's norm is kept, "
             f"at least {min(shares):.1%}.",
             f"{before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now.",
-            f"Written: {out}",
+            told_of_file,
         ],
         path=str(out),
         columns=("Layer", "Rank before", "now", "Norm kept"),

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from trainer import run
-from trainer.checkpoint import set_aside
+from trainer.checkpoint import on_disk, set_aside
 from trainer.errors import TrainingError
 from trainer.models.weights import DTYPES
+from trainer.run import unfinished
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 def write(
@@ -52,12 +53,19 @@ def write(
         os.fsync(file.fileno())
 
 
-@contextmanager
-def unfinished(path: Path) -> Iterator[Path]:
-    """As that of `trainer.run`; what is in the way is kept under a name with its date."""
-    with run.unfinished(path) as temporary:
-        yield temporary
-        set_aside(path)
+def finish(path: Path, write: Callable[[Path], T]) -> tuple[T, str]:
+    """Have `write` make a file or folder under another name and give it this one, whole or not at all.
+
+    What is in the way is kept under a name with its date. Returns what `write` does, and the sentence that tells of both.
+    """
+
+    def make(path: Path) -> tuple[T, str]:
+        with unfinished(path) as temporary:
+            made = write(temporary)
+            kept = set_aside(path)
+        return made, f"Written: {path}" + (f" (what was there is kept as {kept.name})" if kept else "")
+
+    return on_disk(path, make)
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
