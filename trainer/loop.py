@@ -114,16 +114,18 @@ def take_step(s: Session, step: int, batches: Iterator[Batch]) -> tuple[torch.Te
     for number in numbers:
         batch = next(batches)
         set_torch_to(s.seed, "noise", number, *(["return", len(s.returns)] if s.returns else []))
-        for part in [batch_loss(s, batch)] if s.parts == 1 else losses_of_parts(s, batch):
-            loss = part / len(numbers)
-            s.accelerator.backward(loss)
-            total += loss.detach()
-    total = s.team.sum(s.network.parameters(), total)
+        with s.network.cast(s.model.dtype):
+            for part in [batch_loss(s, batch)] if s.parts == 1 else losses_of_parts(s, batch):
+                loss = part / len(numbers)
+                s.accelerator.backward(loss)
+                total += loss.detach()
+    weights = list(s.network.parameters())
+    total = s.team.sum(weights, total)
     s.whole = False
     if s.config.optim.max_grad_norm:
-        norm = s.accelerator.clip_grad_norm_(s.network.parameters(), s.config.optim.max_grad_norm)
+        norm = s.accelerator.clip_grad_norm_(weights, s.config.optim.max_grad_norm)
     else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in s.network.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
     scaled = s.accelerator.scaler is not None  # leaves out the steps whose gradients overflowed by itself
     if not scaled:
         total = torch.where(torch.isfinite(norm) & torch.isfinite(total), total, math.nan)
@@ -139,7 +141,7 @@ def take_step(s: Session, step: int, batches: Iterator[Batch]) -> tuple[torch.Te
     if s.config.network.max_norm:
         s.network.limit_norms(s.config.network.max_norm)
     s.whole = True
-    largest = torch.nn.utils.get_total_norm([p.detach() for p in s.network.parameters()], math.inf)
+    largest = torch.nn.utils.get_total_norm([weight.detach() for weight in weights], math.inf)
     return torch.where(torch.isfinite(largest) | torch.isnan(total), total, math.inf), rates
 
 

@@ -25,6 +25,7 @@ import torch
 
 from trainer.errors import ModelError
 from trainer.models import Target
+from trainer.networks import casting
 from trainer.networks.blocks import SIGNS, SizeOf, is_norm, uniform
 from trainer.networks.lycoris_layers import decomposed
 from trainer.schema import PARAMETERS, algorithms
@@ -80,6 +81,7 @@ class Network(torch.nn.Module):
         self.part_of = dict(parts)
         self._frozen = dict(layers)
         self._drawing = [module for module in modules.values() if hasattr(module, "draw")]
+        self._castable = [module for module in modules.values() if casting.serves(module)]
 
     def attach(self) -> None:
         """From now on the model's layers answer with their update added."""
@@ -100,6 +102,12 @@ class Network(torch.nn.Module):
         """Choose the unit of ranks for the next step by a number of 0 ≤ share < 1, in the types that train one at a time."""
         for module in self._drawing:
             module.draw(share)
+
+    @contextmanager
+    def cast(self, dtype: torch.dtype) -> Iterator[None]:
+        """Around a forward pass and its backward: the layers whose type allows it take part in `dtype`, cast together."""
+        with casting.cast([layer for layer in self._castable if layer.lora_up.weight.dtype != dtype], dtype):
+            yield
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:

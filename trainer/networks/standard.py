@@ -48,6 +48,8 @@ class LoRALayer(torch.nn.Module):
     """
 
     alpha: torch.Tensor
+    copies: tuple[torch.Tensor, torch.Tensor] | None = None
+    """down and scaled up in the precision that is computed in, inside `casting.cast`."""
 
     def __init__(self, layer: Any, rank: int, alpha: float, settings: Settings) -> None:
         super().__init__()
@@ -80,6 +82,9 @@ class LoRALayer(torch.nn.Module):
         output = self.frozen_forward(x)
         if self.skipped:
             return output
+        if self.copies and self.multiplier == 1:
+            down, up = self.copies
+            return output + self.op(self.drop(self.op(x, down, None, **self.down_arguments)), up)
         down, up, scale = self.matrices()
         inner = self.drop(self.op(x, down.to(x.dtype), None, **self.down_arguments))
         return output + self.op(inner * (scale * self.multiplier), up.to(x.dtype))
