@@ -183,8 +183,9 @@ def _operations() -> Any:
     from torch.ops import aten
     from torch.utils import flop_counter
 
-    # On a CPU attention and arranged convolutions have operators of their own, which the counter does not know.
-    attention = {
+    # Operators that the counter does not know: a LoRA's second product, and on a CPU attention and arranged convolutions.
+    more = {
+        aten.addmm_: lambda output, one, other, *_, **__: flop_counter.mm_flop(one, other),
         aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: (
             flop_counter.sdpa_flop_count(query, key, value)
         ),
@@ -192,12 +193,11 @@ def _operations() -> Any:
             flop_counter.sdpa_backward_flop_count(grad, query, key, value)
         ),
     }
-    arranged = {}
     if hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        arranged[torch.ops.mkldnn._convolution_pointwise] = lambda x, weight, *_, out_shape, **__: (
+        more[torch.ops.mkldnn._convolution_pointwise] = lambda x, weight, *_, out_shape, **__: (
             flop_counter.conv_flop_count(x, weight, out_shape)
         )
-    return flop_counter.FlopCounterMode(display=False, custom_mapping=attention | arranged)
+    return flop_counter.FlopCounterMode(display=False, custom_mapping=more)
 
 
 def _await(device: torch.device) -> None:

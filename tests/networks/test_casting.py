@@ -66,7 +66,8 @@ def test_a_scale_that_rounds_is_multiplied_in_the_factors_own_precision(settings
     learn(session)
     layer = next(iter(session.network.layers.values()))
     with session.network.cast(torch.bfloat16):
-        down, up = layer.copies
+        down, up, scale = layer.copies
+        assert scale == 1
         assert torch.equal(down, layer.lora_down.weight.bfloat16())
         assert torch.equal(up, (layer.lora_up.weight * (0.7 / 4)).bfloat16())
         up.sum().backward()
@@ -96,4 +97,4 @@ def test_factors_that_are_not_trained_get_copies_without_a_gradient(settings, tm
     session = prepared(settings | BOTH | {"LoRA_type": "LoRA-FA"}, tmp_path)
     with session.network.cast(torch.bfloat16):
         for layer in session.network.layers.values():
-            assert [copy.requires_grad for copy in layer.copies] == [False, True]
+            assert [copy.requires_grad for copy in layer.copies[:2]] == [False, True]

@@ -97,9 +97,9 @@ def test_samples_are_drawn_without_dropout(settings, train, monkeypatch):
     modes = []
     drop, draw = standard.LoRALayer.drop, sampling.draw
 
-    def noted_drop(self, inner):
+    def noted_drop(self, inner, images):
         modes.append("dropping" if self.training else "whole")
-        return drop(self, inner)
+        return drop(self, inner, images)
 
     def noted_draw(*arguments):
         modes.append("drawing")

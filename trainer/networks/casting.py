@@ -35,7 +35,7 @@ def cast(layers: Sequence[LoRALayer], dtype: torch.dtype) -> Iterator[None]:
         downs, ups, scales = zip(*factors, strict=True)
         copies = _Copies.apply(dtype, [1.0] * len(some) + [*scales], *downs, *ups)
         for layer, down, up in zip(some, copies[: len(some)], copies[len(some) :], strict=True):
-            layer.copies = down, up
+            layer.copies = down, up, 1.0
     try:
         yield
     finally:

@@ -48,8 +48,8 @@ class LoRALayer(torch.nn.Module):
     """
 
     alpha: torch.Tensor
-    copies: tuple[torch.Tensor, torch.Tensor] | None = None
-    """down and scaled up in the precision that is computed in, inside `casting.cast`."""
+    copies: tuple[torch.Tensor, torch.Tensor, float] | None = None
+    """What `matrices` tells, in the precision that is computed in, inside `casting.cast`."""
 
     def __init__(self, layer: Any, rank: int, alpha: float, settings: Settings) -> None:
         super().__init__()
@@ -79,15 +79,17 @@ class LoRALayer(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] → [..., out], or [B, in, H, W] → [B, out, H', W']; scaled at the rank's width, where it is cheapest."""
-        output = self.frozen_forward(x)
-        if self.skipped:
-            return output
-        if self.copies and self.multiplier == 1:
-            down, up = self.copies
-            return output + self.op(self.drop(self.op(x, down, None, **self.down_arguments)), up)
-        down, up, scale = self.matrices()
-        inner = self.drop(self.op(x, down.to(x.dtype), None, **self.down_arguments))
-        return output + self.op(inner * (scale * self.multiplier), up.to(x.dtype))
+        is_linear = self.op is F.linear
+        inputs = x.flatten(0, -2) if is_linear else x
+        output = self.frozen_forward(inputs)
+        if not self.skipped:
+            down, up, scale = self.copies or self.matrices()
+            inner = self.drop(self.op(inputs, down.to(x.dtype), None, **self.down_arguments), len(x))
+            if scale * self.multiplier != 1:
+                inner = inner * (scale * self.multiplier)
+            # A product that is added where the frozen layer's stands is one kernel.
+            output = output.addmm_(inner, up.to(x.dtype).t()) if is_linear else output + self.op(inner, up.to(x.dtype))
+        return output.view(*x.shape[:-1], -1) if is_linear else output
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """down, up, and the scale in front of their product."""
@@ -114,8 +116,8 @@ class LoRALayer(torch.nn.Module):
         p = self.settings.module_dropout
         return self.multiplier == 0 or bool(p and self.training and torch.rand(1) < p)
 
-    def drop(self, inner: torch.Tensor) -> torch.Tensor:
-        """Dropout of the values, then of the ranks, [B, …, rank] or [B, rank, H, W]; only while training.
+    def drop(self, inner: torch.Tensor, images: int) -> torch.Tensor:
+        """Dropout of the values, then of the ranks, [images · tokens, rank] or [images, rank, H, W]; only while training.
 
         A rank is dropped for a whole image, the others are scaled by 1 / (1 − p).
         """
@@ -125,11 +127,12 @@ class LoRALayer(torch.nn.Module):
         if settings.dropout:
             inner = F.dropout(inner, settings.dropout)
         if settings.rank_dropout:
-            between, behind = ([], [1, 1]) if inner.ndim == 4 else ([1] * (inner.ndim - 2), [])
-            ranks = inner.shape[1 if inner.ndim == 4 else -1]
-            kept = torch.rand((len(inner), ranks), device=inner.device) > settings.rank_dropout
+            kept = torch.rand((images, inner.shape[1]), device=inner.device) > settings.rank_dropout
             factors = (kept / (1 - settings.rank_dropout)).to(inner.dtype)
-            inner = inner * factors.view(len(inner), *between, ranks, *behind)
+            shape = (images, -1, inner.shape[1]) if inner.ndim == 2 else inner.shape
+            inner = (inner.view(shape) * (factors[:, None] if inner.ndim == 2 else factors[..., None, None])).view_as(
+                inner
+            )
         return inner
 
     def limit_norm(self, largest: float) -> None:
