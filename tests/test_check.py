@@ -90,6 +90,29 @@ def test_exit_codes_and_text(settings, tmp_path, capsys):
     assert "Not ready: 1 error(s)." in text
 
 
+def test_what_the_lora_type_does_not_use_is_told(settings, train, tmp_path, capsys):
+    unused = {"LoRA_type": "LyCORIS/LoCon", "network_dropout": "0.5", "up_lr_weight": "sine", "unit": 1}
+    checked = problems(Preset(settings | unused))
+    assert [(note.key, note.what) for note in checked.notes] == [
+        ("network_dropout", "without effect"),
+        ("up_lr_weight", "without effect"),
+    ]
+    told = "network_dropout: 0.5 has no effect: LoRA type (LoRA_type) LyCORIS/LoCon does not use it"
+    assert str(checked.notes[0]) == told
+    _, _, folder = train(settings | unused | {"max_train_steps": 1})
+    assert told in (folder / "log.txt").read_text()
+
+
+@pytest.mark.proves("clip_skip")
+def test_more_layers_than_the_text_encoder_has_cannot_be_skipped(settings):
+    """The tiny model has 3, and so has the embedded one."""
+    for values in (settings, settings | {"pretrained_model_name_or_path": ""}):
+        assert not problems(Preset(values | {"clip_skip": 3}), decode=False).errors
+        (error,) = problems(Preset(values | {"clip_skip": 4}), decode=False).errors
+        assert error.key == "clip_skip"
+        assert "has 3 layers" in error.message
+
+
 def test_warnings_alone_are_ready(settings, tmp_path, capsys):
     preset = tmp_path / "preset.json"
     preset.write_text(json.dumps(settings | {"network_alpha": 64, "something_else": 3}))

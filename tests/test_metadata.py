@@ -45,6 +45,8 @@ def file(tmp_path_factory, tiny_model, photographs):
         "optimizer": "AdamW",
         "training_comment": "trigger: zwx",
         "max_train_steps": 2,
+        "min_timestep": 5,
+        "max_timestep": 0,
         "num_cpu_threads_per_process": 1,
         "seed": 5,
     }
@@ -54,6 +56,11 @@ def file(tmp_path_factory, tiny_model, photographs):
     path = folder / "photo.safetensors"
     with safe_open(path, "pt") as opened:
         return opened.metadata(), path
+
+
+def test_the_range_of_timesteps_is_the_one_that_was_trained(file):
+    """0 is taken as all 1000."""
+    assert file[0]["modelspec.timestep_range"] == "5,1000"
 
 
 def test_every_key_of_sd_scripts_is_there(file):

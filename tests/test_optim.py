@@ -175,7 +175,8 @@ def test_every_optimizer_lowers_the_loss_of_a_small_regression(name):
 def test_the_listed_arguments_are_those_of_the_class(name):
     row = OPTIMIZERS[name]
     listed = set(row.arguments.split())
-    assert optim.signature(row) - {"args"} == listed | set(row.fixed)
+    left_out = {"args", "fused"} if row.name == "SGD" else {"args"}
+    assert optim.signature(row) - left_out == listed | set(row.fixed)
     assert set(row.defaults) <= listed
 
 
@@ -353,11 +354,25 @@ def test_a_fused_step_is_the_plain_one_and_is_left_to_who_chooses_another_way_or
             optimizer.step()
         return optimizer.param_groups[0].get("fused"), weight.detach()
 
-    for name in ("AdamW", "SGDNesterov"):
-        (one, expected), (other, found) = (trained(Optim(optimizer=name), fused) for fused in (False, True))
-        assert not one
-        assert other is True
-        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-7)
+    (one, expected), (other, found) = (trained(Optim(optimizer="AdamW"), fused) for fused in (False, True))
+    assert not one
+    assert other is True
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-7)
     chosen = Optim(optimizer="AdamW", arguments="foreach=True")
     assert trained(chosen, True)[0] is None
     assert trained(Optim(optimizer="Lion"), True)[0] is None
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_tensor_may_have_its_first_gradient_later_than_others(name):
+    """Module dropout leaves some out of a step, DyLoRA all units but one."""
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(2)]
+    optimizer = optim.make_optimizer(
+        [{"name": "unet", "params": weights, "lr": 1e-2}], Optim(optimizer=name), fused=True
+    )
+    for present in ([0], [0, 1], [1]):
+        for place, weight in enumerate(weights):
+            weight.grad = torch.ones_like(weight) if place in present else None
+        optimizer.step()
+    assert all(torch.isfinite(weight).all() for weight in weights)

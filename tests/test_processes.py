@@ -65,6 +65,7 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(three, train, tm
         "multires_noise_iterations": 2,
         "max_grad_norm": 0.01,
         "optimizer": "SGDNesterov",
+        "no_token_padding": True,
     }
     code, alone, _ = train(three | {"train_batch_size": 4})
     assert code == EXIT_DONE

@@ -85,6 +85,12 @@ CASES = {
         "max_data_loader_n_workers": 2,
         "persistent_data_loader_workers": True,
     },
+    "weights of blocks as numbers and curves": {
+        "down_lr_weight": "1,0.5",
+        "mid_lr_weight": 0.5,
+        "up_lr_weight": "sine+.25",
+        "block_dims": ",".join("4" * 25),
+    },
     "cached text states, gradient checkpointing, LoRA+, norms limited, batches of two": {
         "text_encoder_lr": 0,
         "sdxl_cache_text_encoder_outputs": True,

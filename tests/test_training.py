@@ -144,6 +144,16 @@ def test_files_between_have_kohyas_names(settings, train, tmp_path):
     ]
 
 
+@pytest.mark.proves("save_every_n_epochs", "sample_every_n_epochs")
+def test_a_step_of_several_epochs_stands_for_the_last_one_that_is_due(settings, train, tmp_path):
+    """Six batches an epoch and 18 a step: after the steps 3, 6, 9 and 12 epochs are complete."""
+    settings |= {"gradient_accumulation_steps": 18, "epoch": 12, "sample_prompts": "a cat --s 1 --w 64 --h 64"}
+    _, events, _ = train(settings | {"save_every_n_epochs": 2, "sample_every_n_epochs": 4})
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == [*(f"photo-{epoch:06}.safetensors" for epoch in (2, 6, 8)), "photo.safetensors"]
+    assert [e["step"] for e in of_type(events, "sample")] == [0, 2, 3, 4]
+
+
 @pytest.mark.proves("unet_lr", "text_encoder_lr")
 @pytest.mark.parametrize(
     ("zero", "kept", "gone"), [("text_encoder_lr", "lora_unet", "lora_te"), ("unet_lr", "lora_te", "lora_unet")]
@@ -323,7 +333,7 @@ def test_weighted_captions_and_no_token_padding_change_the_states_that_the_unet_
         predict = session.model.predict
         session.model.predict = lambda x, t, s, *sizes: (seen.append(s.states), predict(x, t, s, *sizes))[1]
         batch = session.feed[0]
-        batch.captions[:] = ["a (cat:1.5)"]
+        batch.all_captions[:] = ["a (cat:1.5)"]
         loop.batch_loss(session, batch)
         return seen[0].detach()
 
@@ -344,6 +354,21 @@ def test_captions_of_different_lengths_train_without_padding(settings, train):
     code, events, _ = train(settings | {"max_train_steps": 2})
     assert code == EXIT_DONE
     assert len(of_type(events, "step")) == 2
+
+
+@pytest.mark.proves("no_token_padding")
+def test_each_part_of_a_batch_is_as_long_as_the_longest_caption_of_all(settings, tmp_path):
+    from trainer import loop
+    from trainer.randomness import set_torch_to
+
+    session = prepared(settings | {"no_token_padding": True, "train_batch_size": 3, "enable_bucket": False}, tmp_path)
+    batch = session.feed[0]
+    assert len({len(session.model.tokens([caption])[0].ids) for caption in batch.captions}) == 1
+    set_torch_to(7, "noise")
+    whole = loop.batch_loss(session, batch)
+    session.parts = 3
+    set_torch_to(7, "noise")
+    assert float(sum(loop.losses_of_parts(session, batch))) == pytest.approx(float(whole), rel=1e-5)
 
 
 @pytest.mark.proves("cache_latents", "max_data_loader_n_workers")

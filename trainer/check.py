@@ -18,7 +18,7 @@ from trainer.data.batches import batches_per_epoch
 from trainer.data.buckets import Buckets, Size
 from trainer.data.folders import Picture
 from trainer.errors import ConfigError, DataError, LorawrightError, Problem
-from trainer.kohya import Note, Preset
+from trainer.kohya import Note, Preset, unused
 from trainer.length import Length
 from trainer.lora.recognise import Lora, recognise
 from trainer.models import families, hub
@@ -94,7 +94,9 @@ def problems(preset: Preset, *, decode: bool = True, ask: bool = True, runs: Pat
     summary = _summary(config, survey.dataset.pictures, places, model)
     found += _resume(config, summary, runs)
     refused = any(problem.severity == "error" for problem in found)
-    return Checked(None if refused else config, tuple(found), preset.notes, summary)
+    return Checked(
+        None if refused else config, tuple(found), (*preset.notes, *unused(preset.values, config.network.type)), summary
+    )
 
 
 def report(preset: Preset, as_json: bool, trial: bool = False) -> int:
@@ -182,6 +184,10 @@ def _model(config: Config, ask: bool) -> tuple[Found | None, list[Problem]]:
             wrong.append(problem_with(family.switch, f"is on, {the_model}. Switch it off, or choose another model."))
         elif family.switch and not on and found.family == family.name:
             wrong.append(problem_with(family.switch, f"is off, {the_model}. Switch it on."))
+    skip = config.captions.clip_skip
+    if FAMILIES[found.family].clip_skip and skip > found.text_layers:
+        layers = f"whose text encoder has {found.text_layers} layers. It must be {found.text_layers} or less."
+        wrong.append(problem_with("clip_skip", f"is {skip}, {the_model}, {layers}"))
     predicts_velocity = found.prediction == "v_prediction"
     if config.model.v_parameterization and found.prediction == "epsilon":
         wrong.append(

@@ -15,8 +15,7 @@ def files_due(s: Session, step: int, asked: set[str]) -> list[Due]:
     if step == s.length.total_steps:
         return [Due(checkpoint.file_name(saving.name))]
     files = []
-    epoch = epoch_ended(s, step)
-    if epoch and divides(saving.every_n_epochs, epoch):
+    if epoch := epoch_due(s, step, saving.every_n_epochs):
         files.append(Due(checkpoint.file_name(saving.name, epoch=epoch), "epoch", epoch))
     if divides(saving.every_n_steps, step):
         files.append(Due(checkpoint.file_name(saving.name, step=step), "step", step))
@@ -38,15 +37,18 @@ def draws_samples(s: Session) -> bool:
 
 def samples_due(s: Session, step: int, asked: set[str]) -> bool:
     """Whether pictures are to be drawn after a step; a stop does not wait for them."""
-    settings, epoch = s.config.samples, epoch_ended(s, step)
-    due = divides(settings.every_n_steps, step) or (epoch and divides(settings.every_n_epochs, epoch))
+    settings = s.config.samples
+    due = divides(settings.every_n_steps, step) or epoch_due(s, step, settings.every_n_epochs)
     return s.team.leads and bool(s.prompts) and "stop" not in asked and bool(due or "sample" in asked)
 
 
-def epoch_ended(s: Session, step: int) -> int:
-    """The epoch that a step completed, counted from 1; 0 if none."""
-    done = s.length.epochs_done(step)
-    return done if done > s.length.epochs_done(step - 1) else 0
+def epoch_due(s: Session, step: int, every: int) -> int:
+    """The last epoch with something due (every so many, 0: never) of those that a step completed; 0 if none.
+
+    They are counted from 1. A step that accumulates more batches than an epoch has completes several.
+    """
+    last = s.length.epochs_done(step) // every * every if every else 0
+    return last if last > s.length.epochs_done(step - 1) else 0
 
 
 def divides(every: int, number: int) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from trainer.errors import ConfigError, Problem
 from trainer.run import write_whole
-from trainer.schema import PARAMETERS
+from trainer.schema import PARAMETERS, without_effect
 from trainer.schema.overrides import KEY, SECRET, from_command_line, with_additional
 
 OLDER_KEYS = {
@@ -58,7 +58,7 @@ _OFF: tuple[Any, ...] = (False, 0, "", None, "0", "0.0", "False")
 class Note:
     """What became of one key of a preset."""
 
-    what: Literal["converted", "not supported", "unknown"]
+    what: Literal["converted", "not supported", "unknown", "without effect"]
     key: str
     message: str
 
@@ -106,6 +106,12 @@ def read(flat: Mapping[str, Any]) -> Preset:
         values["optimizer"] = "AdamW8bit"
         notes.append(Note("converted", "use_8bit_adam", "is now optimizer AdamW8bit"))
     return Preset(values, kept, tuple(notes))
+
+
+def unused(values: Mapping[str, Any], lora_type: str) -> list[Note]:
+    """What is set and has no effect, since the LoRA type does not use it."""
+    reason = f"has no effect: {PARAMETERS['LoRA_type'].label} (LoRA_type) {lora_type} does not use it"
+    return [Note("without effect", key, f"{value} {reason}") for key, value in without_effect(values).items()]
 
 
 def overridden(preset: Preset, words: Sequence[str]) -> Preset:

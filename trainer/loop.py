@@ -117,10 +117,14 @@ def take_step(s: Session, step: int, batches: Iterator[Batch]) -> tuple[torch.Te
         with s.network.cast(s.model.dtype):
             for part in [batch_loss(s, batch)] if s.parts == 1 else losses_of_parts(s, batch):
                 loss = part / len(numbers)
-                s.accelerator.backward(loss)
+                if loss.requires_grad:  # not where dropout left every module out
+                    s.accelerator.backward(loss)
                 total += loss.detach()
     weights = list(s.network.parameters())
     total = s.team.sum(weights, total)
+    if all(weight.grad is None for weight in weights):
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
     s.whole = False
     if s.config.optim.max_grad_norm:
         norm = s.accelerator.clip_grad_norm_(weights, s.config.optim.max_grad_norm)
@@ -152,14 +156,13 @@ def batch_loss(s: Session, batch: Batch) -> torch.Tensor:
     """
     latents = latents_of(s, batch)
     if batch.is_whole:
-        text = text_of(s, batch.captions)
-        return loss_per_image(s, batch, noised(s, latents), text).mean()
+        return loss_per_image(s, batch, noised(s, latents), text_of(s, batch)).mean()
     whole = latents.new_zeros(batch.images, *latents.shape[1:])
     places = send(torch.tensor(batch.places), latents.device)
     whole[places] = latents
     drawn = tuple(tensor[places] for tensor in noised(s, whole))
     set_torch_to(torch.initial_seed(), "share", s.team.place.rank)
-    return loss_per_image(s, batch, drawn, text_of(s, batch.captions)).sum() / batch.images
+    return loss_per_image(s, batch, drawn, text_of(s, batch)).sum() / batch.images
 
 
 def losses_of_parts(s: Session, batch: Batch) -> Iterator[torch.Tensor]:
@@ -173,9 +176,8 @@ def losses_of_parts(s: Session, batch: Batch) -> Iterator[torch.Tensor]:
     images = len(batch.captions)
     for some in torch.arange(images).tensor_split(min(s.parts, images)):
         part = batch.only(some)
-        text = text_of(s, part.captions)
         here = send(some, latents.device)
-        yield loss_per_image(s, part, tuple(tensor[here] for tensor in every), text).sum() / images
+        yield loss_per_image(s, part, tuple(tensor[here] for tensor in every), text_of(s, part)).sum() / images
 
 
 def latents_of(s: Session, batch: Batch) -> torch.Tensor:
@@ -188,13 +190,13 @@ def latents_of(s: Session, batch: Batch) -> torch.Tensor:
     return cache.encode(s.model, batch.pixels, batch.names, among=among).contiguous()
 
 
-def text_of(s: Session, captions: list[str]) -> TextStates:
-    """What the U-Net is told of captions: cached, or from the text encoders as they are now."""
+def text_of(s: Session, batch: Batch) -> TextStates:
+    """What the U-Net is told of a batch's captions: cached, or from the text encoders as they are now."""
     if s.captions:
-        return s.captions.of(captions, s.accelerator.device)
+        return s.captions.of(batch.captions, s.accelerator.device)
     trained = any(p.requires_grad for p in s.network.parameters_of("text_encoder"))
     with nullcontext() if trained else torch.no_grad():
-        return texts.answer(s.model, captions, s.config.captions)
+        return texts.answer(s.model, batch.all_captions, s.config.captions, batch.places)
 
 
 def noised(s: Session, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:

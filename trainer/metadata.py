@@ -96,7 +96,7 @@ def describe(
     prediction = "v_prediction" if config.model.v_parameterization else "epsilon"
     multires = noise.noise_type == "Multires" and noise.multires_iterations > 0
     original = noise.noise_type == "Original" and noise.noise_offset > 0
-    timesteps = noise.min_timestep, noise.max_timestep
+    timesteps = noise.min_timestep, noise.max_timestep or 1000
     arguments = ",".join(f"{k}={v}" for k, v in optim.arguments.items())
     seen = {
         reg: sum(r for p, r in zip(dataset.pictures, repeats, strict=True) if p.regularisation == reg)

@@ -35,7 +35,11 @@ def signature(row: Row) -> set[str]:
 
 
 WAYS = {"fused", "foreach", "capturable", "differentiable"}
-"""In which PyTorch's own optimizers can compute; fused is the fastest, a pass over the weights for all of a step."""
+"""In which PyTorch's own optimizers can compute; fused is the fastest, a pass over the weights for all of a step.
+
+SGD's fused way is not offered: it fails where a tensor has its first gradient in a later step than others, as module
+dropout and DyLoRA's units have it.
+"""
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: Optim, *, fused: bool = False) -> torch.optim.Optimizer:

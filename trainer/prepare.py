@@ -44,6 +44,9 @@ from trainer.schema.training import Training
 log = logging.getLogger(__name__)
 COMPUTE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Emit = Callable[[Event], None]
+NOTHING = """and Text Encoder learning rate (text_encoder_lr) leave no layer of this model to train, given the blocks' dims and
+LR weights (block_dims, down_lr_weight, mid_lr_weight, up_lr_weight), what the LoRA type reaches, LyCORIS Preset (LyCORIS_preset), and the
+file in LoRA network weights (network_weights). Change one of them.""".replace("\n", " ")
 
 
 @dataclass
@@ -174,6 +177,8 @@ def prepare(
     length = Length.of(len(feed), training)
     network = _network(config, model, seed)
     groups = _groups(config, network, model.family.blocks)
+    if not groups:
+        raise ConfigError([problem_with("unet_lr", NOTHING)])
     optimizer = optim.make_optimizer(groups, config.optim, fused=accelerator.scaler is None)
     if config.optim.row.paged and accelerator.device.type == "cpu":
         name = config.optim.optimizer

@@ -109,7 +109,7 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
         log.info("run: %s", run.folder)
         if training.additional:
             log.info("additional parameters: %s", training.additional)
-        for note in preset.notes:
+        for note in checked.notes:
             log.info("preset: %s", note)
         for problem in checked.problems:
             events.emit(Warned(str(problem)))

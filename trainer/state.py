@@ -389,7 +389,7 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
 def settings_of(config: Config) -> dict[str, Any]:
     """The settings that the weights depend on, by key, as JSON."""
     values = {k: getattr(getattr(config, p.group), p.name) for k, p in PARAMETERS.items() if k not in _FREE}
-    return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(values, default=str))  # type: ignore[no-any-return]
 
 
 def _fits(folder: Path, saved: Mapping[str, torch.Tensor], network: Network) -> None:

@@ -102,7 +102,8 @@ def test_there_are_reference_captions_for_each_setting():
     assert {key for case in CASES for key in case["set"]} == OURS
 
 
-WEIGHED = [case for case in REFERENCE["weighted_parse"] if "raises" not in case]
+AS_IN_THE_WEBUI = "(x: 1.2)"  # see below
+WEIGHED = [c for c in REFERENCE["weighted_parse"] if "raises" not in c and c["prompt"] != AS_IN_THE_WEBUI]
 
 
 @pytest.mark.proves("weighted_captions")
@@ -111,10 +112,16 @@ def test_brackets_weigh_as_in_sd_scripts(case):
     assert weigh(case["prompt"]) == [(text, pytest.approx(weight)) for text, weight in case["result"]]
 
 
-@pytest.mark.parametrize("text", ["(x:1.2.3)", "(x:.)", "(x:1234567)", "(x: 1.2)", "(x:nan)"])
+@pytest.mark.parametrize("text", ["(x:1.2.3)", "(x:.)", "(x:1234567)", "(x:1 .2)", "(x:nan)"])
 def test_a_weight_that_is_no_number_is_text_in_a_plain_bracket(text):
     """sd-scripts ends with an error at the first two."""
     assert weigh(text) == [(text[1:-1], pytest.approx(1.1))]
+
+
+@pytest.mark.parametrize("text", [AS_IN_THE_WEBUI, "(x:1.2 )", "(x:\t1.2\n)"])
+def test_blanks_around_a_weight_do_not_count(text):
+    """As the WebUI reads them; sd-scripts takes such a weight for text."""
+    assert weigh(text) == [("x", pytest.approx(1.2))]
 
 
 @pytest.mark.parametrize(

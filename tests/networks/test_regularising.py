@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from trainer import networks
 from trainer.models import Target
 from trainer.networks import standard
+from trainer.run import EXIT_DONE
 from trainer.schema.network import Network as Settings
 
 LAYERS = {
@@ -122,6 +123,20 @@ def test_each_dropout_changes_what_is_learned_and_the_seed_fixes_it(settings, tr
     plain, first, second = trained({}), trained({key: 0.5}), trained({key: 0.5})
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert not all(torch.equal(first[k], plain[k]) for k in first)
+
+
+@pytest.mark.proves("module_dropout")
+def test_a_step_without_any_module_is_one_without_a_gradient(settings, train):
+    only_the_middle = ",".join("4" if i == 12 else "0" for i in range(25))
+    settings |= {
+        "text_encoder_lr": 0,
+        "block_dims": only_the_middle,
+        "module_dropout": 0.99,
+        "optimizer": "SGDNesterov",
+    }
+    code, events, _ = train(settings)
+    assert code == EXIT_DONE
+    assert [e["step"] for e in events if e["type"] == "step"] == [1, 2, 3, 4, 5, 6]
 
 
 def norm(module: torch.nn.Module) -> float:

@@ -200,7 +200,21 @@ def test_all_problems_are_reported_at_once():
         ({"lr_scheduler": "adafactor", "optimizer": "AdamW"}, ("lr_scheduler", "AdamW")),
         ({"network_dim": 5000}, ("network_dim", "LoRA_type")),
         ({"cache_latents": False, "cache_latents_to_disk": True}, ("cache_latents_to_disk", "Cache latents")),
-        ({"min_bucket_reso": 512, "max_bucket_reso": 256}, ("min_bucket_reso", "Maximum bucket")),
+        (
+            {"min_bucket_reso": 512, "max_bucket_reso": 256, "bucket_no_upscale": False},
+            ("min_bucket_reso", "Maximum bucket"),
+        ),
+        ({"unet_lr": 0, "stop_text_encoder_training": 50}, ("stop_text_encoder_training", "unet_lr")),
+        ({"text_encoder_lr": 0, "block_dims": "0," * 24 + "0"}, ("block_dims", "text_encoder_lr")),
+        (
+            {
+                "stop_text_encoder_training": 50,
+                "down_lr_weight": "zeros",
+                "mid_lr_weight": 0,
+                "up_lr_weight": "1,1,1,0,0,0,0,0,0,0,0,0",
+            },
+            ("up_lr_weight", "stop_text_encoder_training"),
+        ),
         ({"cache_latents": True, "color_aug": True}, ("color_aug", "Cache latents")),
         ({"cache_latents": True, "random_crop": True}, ("random_crop", "Cache latents")),
     ],
@@ -209,6 +223,21 @@ def test_a_combination_that_cannot_work_is_refused_naming_both_controls(values, 
     with pytest.raises(ConfigError) as caught:
         schema.parse(values)
     assert all(name in str(caught.value) for name in both)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"min_bucket_reso": 1088},
+        {"min_bucket_reso": 1088, "enable_bucket": False, "bucket_no_upscale": False},
+        {"dim_from_weights": True, "network_weights": "a.safetensors", "block_dims": "1,2", "conv_block_alphas": "1"},
+        {"unet_lr": 0, "stop_text_encoder_training": 100},
+        {"text_encoder_lr": 0, "mid_lr_weight": 0, "up_lr_weight": "zeros", "down_lr_weight": "0,1,0"},
+        {"text_encoder_lr": 0, "block_dims": "0," * 24 + "0", "conv_block_dims": "0," * 24 + "4"},
+    ],
+)
+def test_what_does_not_apply_is_in_nobodys_way(values):
+    schema.parse(values)
 
 
 def test_settings_cannot_be_changed_once_they_are_parsed():

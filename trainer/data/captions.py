@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 # What a weighted caption is made of: an escaped character, a backslash alone, an opening bracket,
 # a closing one with or without a weight, and text. A number that is none (1.2.3) stays text.
-_PIECE = re.compile(r"\\[\\()\[\]]|\\|[(\[]|:(?P<weight>[+-]?(?:\d{1,6}(?:\.\d*)?|\.\d+))\)|[)\]]|[^\\()\[\]:]+|:")
+_PIECE = re.compile(
+    r"\\[\\()\[\]]|\\|[(\[]|:\s*(?P<weight>[+-]?(?:\d{1,6}(?:\.\d*)?|\.\d+))\s*\)|[)\]]|[^\\()\[\]:]+|:"
+)
 _STEP = {"(": 1.1, "[": 1 / 1.1}
 
 

@@ -36,29 +36,36 @@ class Batch:
 
     `sizes` [B,6]: each image's height and width as it was found, top and left of its crop, height
     and width that are trained, in pixels. SDXL is told of them. `places`: which of the batch's
-    `images` these are: all, or one process's share.
+    images these are: all, or one process's share. `all_captions`: those of all of them.
     """
 
     latents: torch.Tensor | None
     pixels: torch.Tensor | None
-    captions: list[str]
+    all_captions: list[str]
     weights: torch.Tensor
     masks: torch.Tensor | None
     sizes: torch.Tensor
     names: list[str]
     places: list[int]
-    images: int
 
     def only(self, some: torch.Tensor) -> Batch:
         """Those of its images that are at these places."""
         tensors = {name: getattr(self, name) for name in ("latents", "pixels", "weights", "masks", "sizes")}
         return Batch(
             **{name: None if tensor is None else tensor[some] for name, tensor in tensors.items()},
-            captions=[self.captions[i] for i in some],
+            all_captions=self.all_captions,
             names=[self.names[i] for i in some],
             places=[self.places[i] for i in some],
-            images=self.images,
         )
+
+    @property
+    def captions(self) -> list[str]:
+        return [self.all_captions[place] for place in self.places]
+
+    @property
+    def images(self) -> int:
+        """How many the batch has, be they here or another process's share."""
+        return len(self.all_captions)
 
     @property
     def is_whole(self) -> bool:
@@ -140,13 +147,12 @@ class Feed(Dataset[Batch]):
         return Batch(
             latents=self._cached(reads) if self.latents is not None else None,
             pixels=to_tensor([self.image(read) for read in reads]) if self.latents is None else None,
-            captions=[read.caption for read in reads],
+            all_captions=[read.caption for read in every],
             masks=torch.stack([self.mask(read) for read in reads]) if self.config.objective.masked else None,
             weights=torch.tensor([prior if picture.regularisation else 1.0 for picture in read_from]) * bool(share),
             sizes=torch.tensor([self._sizes(read) for read in reads], dtype=torch.float32),
             names=[picture.path.name for picture in read_from],
             places=places,
-            images=len(every),
         )
 
     def _varied(self, placement: Placement, rng: random.Random) -> tuple[Placement, float]:

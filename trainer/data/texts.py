@@ -98,9 +98,14 @@ def encode_captions(
     return Texts(known)
 
 
-def answer(model: Any, captions: list[str], settings: Captions) -> TextStates:
-    """What the model's text encoders answer to captions that are trained with."""
+def answer(model: Any, captions: list[str], settings: Captions, places: Sequence[int] | None = None) -> TextStates:
+    """What the model's text encoders answer to captions that are trained with, or to those at some places of them.
+
+    Their length is that of all.
+    """
     tokens = model.tokens(captions, weighted=settings.weighted, padded=not settings.no_padding)
+    if places is not None and len(places) < len(captions):
+        tokens = tuple(of_encoder.only(places) for of_encoder in tokens)
     return model.text_states(tokens)  # type: ignore[no-any-return]
 
 

@@ -11,6 +11,7 @@ import gzip
 import html
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -125,6 +126,11 @@ class Tokens:
 
     ids: torch.Tensor
     weights: torch.Tensor | None = None
+
+    def only(self, places: Sequence[int]) -> Tokens:
+        """The texts at these places, as long as they are among all."""
+        some = list(places)
+        return Tokens(self.ids[some], None if self.weights is None else self.weights[some])
 
     @property
     def rows(self) -> torch.Tensor:

@@ -19,11 +19,15 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 @dataclass(frozen=True)
 class Layout:
-    """How many blocks a U-Net has. `edge`: entries before the first and behind the last of them."""
+    """How many blocks a U-Net has, and which of them have attention.
+
+    `edge`: entries before the first and behind the last of them, which `attention` counts too.
+    """
 
     down: int
     middle: int
     up: int
+    attention: frozenset[int]
     edge: int = 0
 
     @property
@@ -104,6 +108,7 @@ class Family:
 
 
 CLIP_L = "transformer.text_model."
+SD_BLOCKS = Layout(12, 1, 12, frozenset({1, 2, 4, 5, 7, 8, 12, *range(16, 25)}))
 SDXL_ARCHITECTURE = "stable-diffusion-xl-v1-base"
 FAMILIES: Mapping[str, Family] = {
     family.name: family
@@ -114,7 +119,7 @@ FAMILIES: Mapping[str, Family] = {
             what="a Stable Diffusion 1.x model",
             switch="",
             encoders=(Encoder("te", "text_encoder", f"cond_stage_model.{CLIP_L}", "clip"),),
-            blocks=Layout(12, 1, 12),
+            blocks=SD_BLOCKS,
             versions={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
             architectures=dict.fromkeys(PREDICTIONS, "stable-diffusion-v1"),
             module="trainer.models.sd",
@@ -126,7 +131,7 @@ FAMILIES: Mapping[str, Family] = {
             what="a Stable Diffusion 2.x model",
             switch="v2",
             encoders=(Encoder("te", "text_encoder", "cond_stage_model.model.", "open_clip", padding=0),),
-            blocks=Layout(12, 1, 12),
+            blocks=SD_BLOCKS,
             versions={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
             architectures={"epsilon": "stable-diffusion-v2-512", "v_prediction": "stable-diffusion-v2-768-v"},
             module="trainer.models.sd",
@@ -143,7 +148,7 @@ FAMILIES: Mapping[str, Family] = {
                     "te2", "text_encoder_2", "conditioner.embedders.1.model.", "open_clip", projected=True, padding=0
                 ),
             ),
-            blocks=Layout(9, 3, 9, edge=1),
+            blocks=Layout(9, 3, 9, frozenset({5, 6, 8, 9, 11, *range(13, 19)}), edge=1),
             versions=dict.fromkeys(PREDICTIONS, "sdxl_base_v1-0"),
             architectures=dict.fromkeys(PREDICTIONS, SDXL_ARCHITECTURE),
             module="trainer.models.sdxl",

@@ -31,7 +31,8 @@ class Found:
 
     `prediction`: what it says its U-Net answers, "" where it says nothing. `what`: in a sentence. `width`: of the text
     states that its U-Net attends to (SD 1.x: 768). `vae_channels`: of its VAE's innermost level (SD: 512), None where
-    not told. `zero_terminal_snr`: whether it says that its last timestep is pure noise.
+    not told. `zero_terminal_snr`: whether it says that its last timestep is pure noise. `text_layers`: of its first
+    text encoder.
     """
 
     family: str
@@ -41,6 +42,7 @@ class Found:
     width: int
     vae_channels: int | None = None
     zero_terminal_snr: bool = False
+    text_layers: int = 12
 
     @property
     def title(self) -> str:
@@ -95,8 +97,17 @@ def _file(path: Path) -> Found:
     prediction, zero_terminal_snr = _said(head, configs)
     if name in FAMILIES:
         _require_all_tensors(path, FAMILIES[name], tensors, configs)
-    width = _width(tensors)
-    return Found(name, prediction, "single file", what, width, _vae_channels(tensors), zero_terminal_snr)
+        configs = configs or FAMILIES[name].configs
+    return Found(
+        name,
+        prediction,
+        "single file",
+        what,
+        _width(tensors),
+        _vae_channels(tensors),
+        zero_terminal_snr,
+        _text_layers(configs),
+    )
 
 
 def header_of(path: Path) -> Header:
@@ -186,6 +197,11 @@ def _require_modest(config: Mapping[str, Any]) -> None:
         counts += value if isinstance(value, list) else [value]
     if not all(0 < count <= 100 for count in counts):
         raise ValueError("a count is not in 1 … 100")
+
+
+def _text_layers(configs: Mapping[str, Any]) -> int:
+    count = configs.get("text_encoder", {}).get("num_hidden_layers")
+    return count if isinstance(count, int) else 12
 
 
 def _vae_channels(tensors: Tensors) -> int | None:
@@ -294,6 +310,7 @@ def _folder(path: Path, complete: bool) -> Found:
         width,
         innermost[-1] if isinstance(innermost, list) and innermost else None,
         said.get("rescale_betas_zero_snr") is True,
+        _text_layers(configs),
     )
 
 

@@ -30,7 +30,18 @@ from trainer.schema.samples import Samples
 from trainer.schema.tracking import Tracking
 from trainer.schema.training import Training
 
-__all__ = ["PARAMETERS", "Config", "Parameter", "Section", "defaults", "parse", "problem_with", "read", "shown"]
+__all__ = [
+    "PARAMETERS",
+    "Config",
+    "Parameter",
+    "Section",
+    "defaults",
+    "parse",
+    "problem_with",
+    "read",
+    "shown",
+    "without_effect",
+]
 
 
 class Config(BaseModel):
@@ -98,6 +109,19 @@ def parse(values: Mapping[str, Any]) -> Config:
 
 def read(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
     """The settings with the default in place of each value that is not allowed, and why it is not."""
+    config, problems = _typed(values)
+    return _with_the_familys_defaults(_with_what_the_type_uses(config)), problems
+
+
+def without_effect(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is set for controls that the LoRA type does not use, by key, where it is not the default."""
+    given, _ = _typed(values)
+    used = _with_what_the_type_uses(given)
+    pairs = {k: [getattr(getattr(config, p.group), p.name) for config in (given, used)] for k, p in PARAMETERS.items()}
+    return {key: value for key, (value, default) in pairs.items() if value != default}
+
+
+def _typed(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
     parts: dict[str, Group] = {}
     values, problems = with_additional(values, PARAMETERS)
     problems += [
@@ -112,7 +136,7 @@ def read(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
             wrong = {p.key for p in found}
             parts[group] = kind.model_validate({key: value for key, value in given.items() if key not in wrong})
             problems += found
-    return _with_the_familys_defaults(_with_what_the_type_uses(Config(**parts))), problems  # type: ignore[arg-type]
+    return Config(**parts), problems  # type: ignore[arg-type]
 
 
 def _with_what_the_type_uses(config: Config) -> Config:

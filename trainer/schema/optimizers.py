@@ -157,7 +157,7 @@ OPTIMIZERS = {
     "SGDNesterov": Row(
         "torch.optim",
         "SGD",
-        "momentum dampening weight_decay maximize foreach differentiable fused",
+        "momentum dampening weight_decay maximize foreach differentiable",
         {"momentum": 0.9},
         fixed={"nesterov": True},
     ),

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from trainer.errors import Problem
-from trainer.models.facts import FAMILIES, UNCLAIMED, Family
+from trainer.models.facts import FAMILIES, UNCLAIMED, Family, Layout
 from trainer.schema import blocks
 from trainer.schema.algorithms import USES
 from trainer.schema.optimizers import SCHEDULERS
@@ -66,6 +66,12 @@ def conflicts(config: Config) -> Iterator[Problem]:
             "unet_lr",
             "and Text Encoder learning rate (text_encoder_lr) are both 0, so nothing would be trained. Set one of them.",
         )
+    if unet_rate(config) == 0 and text_encoder_rate(config) and _ends_text_encoder(config):
+        yield _problem(
+            "stop_text_encoder_training",
+            "ends the training of the text encoder, and Unet learning rate (unet_lr) is 0, so nothing would be trained "
+            "from there on. Set it to 0, or the rate above 0.",
+        )
     if config.optim.goes_back and not config.saving.state:
         yield _problem(
             "go_back_on_nan",
@@ -78,7 +84,8 @@ def conflicts(config: Config) -> Iterator[Problem]:
     yield from _family(config)
     yield from cached_states(config)
     yield from _base_weights(config)
-    if config.data.max_bucket_side and config.data.min_bucket_side > config.data.max_bucket_side:
+    in_range = config.data.buckets and not config.data.no_upscale
+    if in_range and config.data.max_bucket_side and config.data.min_bucket_side > config.data.max_bucket_side:
         yield _problem(
             "min_bucket_reso",
             f"{config.data.min_bucket_side} is larger than Maximum bucket resolution ({config.data.max_bucket_side}).",
@@ -231,7 +238,7 @@ def _blocks(config: Config) -> Iterator[Problem]:
         ("conv_block_dims", settings.conv_ranks),
         ("conv_block_alphas", settings.conv_alphas),
     ):
-        if numbers is not None and len(numbers) != layout.total:
+        if numbers is not None and len(numbers) != layout.total and not network.dim_from_weights:
             yield _problem(key, f"needs {layout.total} numbers, one a block of the U-Net; {len(numbers)} were given.")
     for key, weights, count in (
         ("down_lr_weight", settings.down_weights, layout.down),
@@ -250,14 +257,16 @@ def _blocks(config: Config) -> Iterator[Problem]:
             "does nothing without Down, Mid or Up LR weights (down_lr_weight, mid_lr_weight, up_lr_weight).",
             "warning",
         )
-    if rates is not None and not any(rates) and unet_rate(config) and not text_encoder_rate(config):
+    text_encoder_rests = "" if text_encoder_rate(config) else "Text Encoder learning rate (text_encoder_lr) is 0"
+    if _ends_text_encoder(config):
+        text_encoder_rests = "Stop text encoder training (stop_text_encoder_training) ends that of the text encoder"
+    if text_encoder_rests and unet_rate(config) and (key := _leaving_every_block_out(config, layout)):
         yield _problem(
-            "up_lr_weight",
-            "and Down and Mid LR weights (down_lr_weight, mid_lr_weight) leave every block out, and Text Encoder "
-            "learning rate (text_encoder_lr) is 0, so nothing would be trained.",
+            key,
+            f"leaves out every block of the U-Net that has layers to train, and {text_encoder_rests}, so nothing would be trained.",
         )
     convolutions = "conv_dim" in USES[network.type]
-    if settings.conv_alphas and not settings.conv_ranks and not convolutions:
+    if settings.conv_alphas and not (settings.conv_ranks or convolutions or network.dim_from_weights):
         yield _problem(
             "conv_block_alphas",
             "needs Conv dims (conv_block_dims), or LoRA type (LoRA_type) Kohya LoCon.",
@@ -269,6 +278,29 @@ def _blocks(config: Config) -> Iterator[Problem]:
             f"by {network.conv_alpha / network.conv_rank:g}; usually it is at most the rank.",
             "warning",
         )
+
+
+def _ends_text_encoder(config: Config) -> bool:
+    """Whether the text encoder is not trained to the end."""
+    return 0 < config.optim.stop_text_encoder_percent < 100
+
+
+def _leaving_every_block_out(config: Config, layout: Layout) -> str:
+    """The control by which no block of the U-Net would have a module; empty where one has."""
+    settings, network = config.blocks, config.network
+    rates = blocks.rate_weights(settings, layout) or [1.0] * layout.total
+    conv_rank = network.conv_rank if "conv_dim" in USES[network.type] else 0
+    linear = settings.ranks or (network.rank,) * layout.total
+    conv = settings.conv_ranks or (conv_rank,) * layout.total
+    if network.dim_from_weights or len(linear) != layout.total or len(conv) != layout.total:
+        return "" if any(rates) else "up_lr_weight"
+    # With convolutions come the linear layers of blocks without attention.
+    inner = range(layout.edge + 1, layout.total - layout.edge)  # the first is the layer that the latents enter by
+    reached = inner if conv_rank or settings.conv_ranks else layout.attention
+    sizes = {block: linear[block] if block in reached else 0 for block in inner}
+    if not any(sizes[block] or conv[block] for block in inner):
+        return "block_dims"
+    return "" if any(rates[block] and (sizes[block] or conv[block]) for block in inner) else "up_lr_weight"
 
 
 def _processes(config: Config) -> Iterator[Problem]:
