@@ -20,6 +20,7 @@ PHOTOGRAPHS = [f"{name}.{end}" for name in ("astronaut", "chelsea", "rocket") fo
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--proofs", type=Path, help="write the table of parameters and the tests that prove them")
+    parser.addoption("--draws", default="0:16", help="which settings tests/test_any_settings.py draws, first:end")
     parser.addoption("--write-work", action="store_true", help="write down how much a step computes now")
 
 
