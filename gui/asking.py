@@ -28,7 +28,7 @@ RUN: Shape = {"run": str}
 SHAPES: dict[str, Shape] = {
     "hello": {},
     "draft": FORM,
-    "load": {"id": str},
+    "load": {"id": str, "entries?": Entries, "source?": str},
     "parse": {"text": str},
     "flat": FORM,
     "save": {**FORM, "name": str},

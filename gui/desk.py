@@ -71,10 +71,20 @@ class Desk:
         return {"problems": [asdict(problem) for problem in form.problems(values)]}
 
     def load(self, ask: Ask) -> Answer:
+        """A preset as the form shows it. `stays`: what it does not name and the user has entered, which is kept.
+
+        `source`: the preset that the form with these `entries` was filled with.
+        """
         try:
-            return _as_form(self.presets.load(str(ask["id"])))
+            preset = self.presets.load(str(ask["id"]))
         except ConfigError as error:
             return {"problems": [asdict(problem) for problem in error.problems]}
+        source = str(ask.get("source", ""))
+        filled = self.presets.load(source).values if source in self.presets.ids() else {}
+        own = form.entered(ask.get("entries", {}), filled)
+        stays = {key: entry for key, entry in own.items() if key not in preset.values}
+        answer = _as_form(preset)
+        return {**answer, "entries": {**answer["entries"], **stays}, "stays": list(stays)}
 
     def parse(self, ask: Ask) -> Answer:
         """A preset given as JSON text. What is no JSON is told with its line."""

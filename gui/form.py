@@ -75,6 +75,21 @@ def fill(values: Mapping[str, Any]) -> dict[str, Shown]:
     return {key: shown(p, values.get(key, p.default)) for key, p in PARAMETERS.items()}
 
 
+OWN = (
+    *("pretrained_model_name_or_path", "model_list", "vae"),
+    *("train_data_dir", "reg_data_dir", "output_dir", "logging_dir", "output_name", "caption_extension"),
+    *("training_comment", "metadata_title", "metadata_author", "metadata_description", "metadata_license"),
+    *("metadata_tags", "sample_prompts"),
+)
+"""What is trained on what, and under which name: a preset that says only how to train does not take it away."""
+
+
+def entered(entries: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """What the widgets show of the user's own: not the defaults, nor what the preset `source` has put there."""
+    given, blank = fill(source), fill({})
+    return {key: entries[key] for key in OWN if key in entries and entries[key] not in (given[key], blank[key])}
+
+
 def read(entries: Mapping[str, Any]) -> dict[str, Any]:
     """A preset's values for what the widgets show. Names that are no parameter's are passed over."""
     return {key: held(p, entries[key]) for key, p in PARAMETERS.items() if key in entries}

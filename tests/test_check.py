@@ -113,6 +113,25 @@ def test_more_layers_than_the_text_encoder_has_cannot_be_skipped(settings):
         assert "has 3 layers" in error.message
 
 
+@pytest.mark.proves("optimizer_args", "lr_scheduler_args")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optimizer_args": "weight_decay=-1"}, "Invalid weight_decay value: -1"),
+        ({"optimizer_args": "betas=0.9,1.5"}, "Invalid beta parameter at index 1: 1.5"),
+        ({"optimizer_args": "eps=abc"}, "optimizer_args"),
+        ({"optimizer": "AdamW8bit", "optimizer_args": "betas=0.9"}, "optimizer_args"),
+        ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_args": "min_lr_rate=abc"}, "lr_scheduler_args"),
+    ],
+)
+def test_values_that_the_optimizer_cannot_use_are_found_before_the_start(settings, values, message):
+    (error,) = problems(Preset(settings | values), decode=False).errors
+    assert message in str(error)
+    assert not problems(Preset(settings | values), decode=False, ask=False).errors, (
+        "the page's own process has no torch"
+    )
+
+
 def test_warnings_alone_are_ready(settings, tmp_path, capsys):
     preset = tmp_path / "preset.json"
     preset.write_text(json.dumps(settings | {"network_alpha": 64, "something_else": 3}))

@@ -29,8 +29,10 @@ from trainer.prompts import parse as parse_prompts
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED
 from trainer.schema import PARAMETERS, Config, problem_with, read
 from trainer.schema.algorithms import MATRICES, TYPES, USES
+from trainer.schema.optim import Optim
 from trainer.schema.rules import conflicts, text_encoder_rate, unet_rate
 
+ARGUMENTS = ("optimizer", "optimizer_args", "lr_scheduler", "lr_scheduler_args")
 # The LoRA types whose files hold up and down matrices, so that one can go on from another's.
 UP_AND_DOWN = tuple(label for label, row in TYPES.items() if row.mark == MATRICES)
 
@@ -71,8 +73,8 @@ def problems(preset: Preset, *, decode: bool = True, ask: bool = True, runs: Pat
     """Check settings, model, images, captions, folders and prompts of a preset; writes nothing.
 
     Without `decode` only the images' headers are read: quicker, but damage further in is not found. Without `ask`
-    no network is: nothing is said of a model on huggingface.co that was not fetched yet. `runs`: the folder of all
-    runs, where "auto" looks for a state.
+    no network and no optimizer is: nothing is said of a model on huggingface.co that was not fetched yet, nor of what
+    only PyTorch knows. `runs`: the folder of all runs, where "auto" looks for a state.
     """
     config, found = settings(preset.values)
     model, model_problems = _model(config, ask)
@@ -88,10 +90,12 @@ def problems(preset: Preset, *, decode: bool = True, ask: bool = True, runs: Pat
         *_output(config),
         *_logging(config),
         *_samples(config),
-        *_optimizer(config),
         *_masks(config, survey.dataset.pictures),
     ]
     summary = _summary(config, survey.dataset.pictures, places, model)
+    found += _optimizer(config)
+    if ask and not any(p.key in ARGUMENTS and p.severity == "error" for p in found):
+        found += _refused_values(config.optim, summary.total_steps or 100)
     found += _resume(config, summary, runs)
     refused = any(problem.severity == "error" for problem in found)
     return Checked(
@@ -424,6 +428,33 @@ def _optimizer(config: Config) -> Iterator[Problem]:
             "optimizer",
             f'"{config.optim.optimizer}" needs the package {row.package}, which is not installed here. '
             f"Install it (pip install {row.package}), or choose another optimizer.",
+        )
+
+
+def _refused_values(settings: Optim, total_steps: int) -> Iterator[Problem]:
+    """What the optimizer and the scheduler say of their arguments' values, tried on a weight of their own."""
+    if not (settings.arguments or settings.scheduler_arguments):
+        return
+    import torch  # late, and only where there is something to try
+
+    from trainer import optim
+
+    key = "optimizer_args"
+    try:
+        weight = torch.nn.Parameter(torch.ones(2, 2))
+        optimizer = optim.make_optimizer([{"name": "unet", "params": [weight], "lr": 1e-4}], settings)
+        key = "lr_scheduler_args"
+        scheduler = optim.make_scheduler(optimizer, settings, total_steps)
+        weight.grad = torch.ones_like(weight)
+        key = "optimizer_args"
+        optimizer.step()
+        key = "lr_scheduler_args"
+        scheduler.step()
+    except ConfigError as error:
+        yield from error.problems
+    except Exception as error:  # whatever these libraries raise for a value that is none of theirs
+        yield problem_with(
+            key, f"cannot be used: {str(error).splitlines()[0] if str(error) else type(error).__name__}."
         )
 
 

@@ -131,7 +131,7 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
                 events.emit(failed)
             except OSError as full:  # the page then tells of the log's last line and the exit code
                 print(f"This could not be written to {run.events}: {full}", file=sys.stderr)
-            return EXIT_FAILED
+            return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
 
 
 def follow(preset: kohya.Preset, run: Run, place: processes.Place) -> int:

@@ -1,5 +1,7 @@
 // The bar: presets, what differs, check and start.
 
+const FIRST = "shipped/first-steps"; // what the form shows on the first visit
+
 class Bar {
   constructor(form, banner, server, live) {
     Object.assign(this, { form, banner, server, live });
@@ -49,7 +51,7 @@ class Bar {
   get source() { return localStorage.getItem("lorawright.preset"); }
 
   offer(presets) {
-    const chosen = this.source ?? "shipped/first-steps";
+    const chosen = this.source ?? FIRST;
     const group = (label, shelf) => {
       const ids = presets.filter((id) => id.startsWith(shelf));
       return ids.length ? [make("optgroup", { label }, ...ids.map((id) => make("option", { value: id }, id.slice(shelf.length))))] : [];
@@ -99,8 +101,15 @@ class Bar {
   }
 
   async load() {
-    const id = this.preset.value;
-    await this.take(await this.server.load({ id }), t`Loaded “${id.split("/")[1]}”.`, id);
+    const id = this.preset.value, name = id.split("/")[1];
+    const answer = await this.presetFor(id);
+    const stays = this.form.table.filter((p) => answer.stays?.includes(p.key)).map((p) => p.label).join(", ");
+    await this.take(answer, stays ? t`Loaded “${name}”. Kept as you entered it: ${stays}.` : t`Loaded “${name}”.`, id);
+  }
+
+  // A preset as the server reads it for this form, whose own model, folders and names stay where it has none.
+  async presetFor(id) {
+    return this.server.load({ id, entries: await this.form.read(), source: this.source ?? FIRST });
   }
 
   // Show a preset that the server read, and what became of its keys. Undo brings the form back.
@@ -162,7 +171,7 @@ class Bar {
   // What loading the chosen preset would change, before it is loaded.
   async diff() {
     const id = this.preset.value, name = id.split("/")[1];
-    const answer = await this.server.load({ id });
+    const answer = await this.presetFor(id);
     if (!answer.entries) return this.banner.show("error", t`This preset cannot be loaded.`, answer.problems);
     const items = this.steps(await this.form.read(), answer.entries);
     this.banner.show("info", items.length ? t`“${name}” would change ${counted(items.length, "parameter")}:` : t`“${name}” is what the form shows.`,

@@ -123,6 +123,14 @@ def test_a_number_that_means_the_default_is_no_change(page):
     page.wait_for_selector("#lw-changed >> text=2 changed")
 
 
+def test_a_preset_of_how_to_train_leaves_the_image_folder_that_was_entered(page):
+    open_tab(page, "Folders")
+    set_text(page, "train_data_dir", "/my/cats")
+    load(page, "constant")
+    assert "Kept as you entered it: Image folder" in page.inner_text("#lw-banner")
+    assert shown(page, "train_data_dir") == "/my/cats"
+
+
 def test_controls_come_and_go_with_what_they_depend_on(page):
     open_tab(page, "Parameters")
     cycles, warmup = page.locator("#field-lr_scheduler_num_cycles"), page.locator("#field-lr_warmup")

@@ -99,6 +99,22 @@ def test_a_loaded_preset_tells_what_became_of_its_keys(desk, tmp_path, monkeypat
     assert answer["entries"]["xformers"] == "xformers"
 
 
+def test_a_preset_of_how_to_train_leaves_on_what_and_under_which_name(desk, tmp_path):
+    (tmp_path / "shipped" / "first-steps.json").write_text(
+        '{"output_name": "linocut", "train_data_dir": "embedded:images"}'
+    )
+    (tmp_path / "shipped" / "style.json").write_text('{"epoch": 7, "output_name": "style"}')
+    shown = {"train_data_dir": "/cats", "output_name": "cats", "sample_prompts": "a cat", "network_dim": "16"}
+    ask = {"entries": entries(desk, **shown), "source": "shipped/first-steps"}
+    answer = desk.load({"id": "shipped/style", **ask})
+    assert answer["stays"] == ["train_data_dir", "sample_prompts"]
+    found = {key: answer["entries"][key] for key in ("epoch", *shown)}
+    assert found == {"epoch": "7", **shown, "output_name": "style", "network_dim": "8"}
+    untouched = entries(desk, train_data_dir="embedded:images", output_name="linocut")
+    answer = desk.load({"id": "shipped/style", "entries": untouched, "source": "shipped/first-steps"})
+    assert (answer["stays"], answer["entries"]["train_data_dir"]) == ([], ""), "it was the preset's"
+
+
 def test_a_preset_that_is_gone_is_told(desk):
     assert "cannot be read" in desk.load({"id": "own/gone"})["problems"][0]["message"]
 
