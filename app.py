@@ -46,7 +46,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="a folder the page may list (default: home, this one)",
+        help="a folder that the page may list and whose captions it may edit; give it once for each, in place of home and "
+        "this one",
     )
     parser.add_argument(
         "--continue",
@@ -98,7 +99,7 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
     desk = Desk(
         runs=Runs(runs, HERE, trainer),
         presets=Presets(HERE / "presets", runs / "presets"),
-        roots=Roots(given.root or [Path.home(), HERE, Path.cwd(), runs]),
+        roots=Roots([*(given.root or [Path.home(), HERE, Path.cwd()]), runs]),
         allow=allow,
     )
     if given.share:

@@ -19,7 +19,7 @@ from trainer.data import folders
 from trainer.data.edits import Edit, new_record, text_of, with_first, write_down
 from trainer.data.folders import CAPTION_SUFFIXES, Picture, first_line
 from trainer.errors import DataError
-from trainer.paths import DEMO
+from trainer.paths import DEMO, resolve, shown
 
 LONGEST = 10_000
 MOST_EXAMPLES = 5
@@ -80,6 +80,11 @@ class Captions:
             newest.rename(newest.with_suffix(".undone"))
         return {"count": count, "left": left}
 
+    def locked(self, values: Mapping[str, Any]) -> str:
+        """Why no caption of the form's image folder can be edited; "" where some can."""
+        folder = resolve(str(values.get("train_data_dir") or "").strip() or ".")
+        return "" if self._ours(folder / f"any{CAPTION_SUFFIXES[0]}") else self._not_ours(folder)
+
     def _newest(self) -> Path | None:
         return max(self.backups.glob("*.json"), default=None)
 
@@ -91,10 +96,12 @@ class Captions:
 
     def _not_ours(self, file: Path) -> str:
         if DEMO.resolve() in file.resolve().parents:
-            return f'"{file.name}" is part of this program. Copy the images into a folder of your own, and enter that.'
+            return (
+                f'"{shown(file)}" is part of this program. Copy the images into a folder of your own, and enter that.'
+            )
         if file.is_symlink():
             return f'"{file}" is a link. Edit the file that it leads to.'
-        return f'"{file}" is outside the folders that this page may change (--root FOLDER adds one).'
+        return f'"{file}" is outside the folders that this page may change (start it with --root FOLDER for each that it may).'
 
     def _edits(self, values: Mapping[str, Any], order: Mapping[str, Any]) -> list[Edit]:
         config, _ = settings(values)

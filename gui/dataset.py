@@ -160,6 +160,7 @@ def _steps(config: Config, places: Sequence[Size], pictures: Sequence[Picture]) 
         "batches": length.batches_per_epoch,
         "epochs": length.epochs,
         "steps": length.total_steps,
+        "limited": bool(config.training.max_steps),
     }
 
 

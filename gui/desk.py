@@ -135,7 +135,8 @@ class Desk:
         """The image folders that the form names: how often what is seen, and where each image is cut."""
         from gui.dataset import dataset
 
-        return {**dataset(form.read(ask["entries"])), "undo": self.captioning.undoable()}
+        values = form.read(ask["entries"])
+        return {**dataset(values), "undo": self.captioning.undoable(), "locked": self.captioning.locked(values)}
 
     def inspect(self, ask: Ask) -> Answer:
         """What a look at the images' pixels tells; asked again until all are done."""

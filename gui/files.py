@@ -69,7 +69,7 @@ class Roots:
             refused = (
                 ""
                 if path is None
-                else f'"{path}" is outside the folders that this page may show (--root FOLDER adds one).'
+                else f'"{path}" is outside the folders that this page may show (start it with --root FOLDER for each that it may).'
             )
             return {
                 "path": "",

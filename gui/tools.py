@@ -162,7 +162,7 @@ class Tools:
                             Problem(
                                 key,
                                 p.label,
-                                f'"{line}" is outside the folders that this page may use (--root FOLDER adds one).',
+                                f'"{line}" is outside the folders that this page may use (start it with --root FOLDER for each that it may).',
                             )
                         )
                     lines.append(str(path))

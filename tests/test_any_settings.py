@@ -51,6 +51,7 @@ AMONG: dict[str, tuple[Any, ...]] = {
     "factor": (-1, 2, 8),
     "max_timestep": (0, 300, 1000),
     "min_timestep": (0, 200),
+    "stop_text_encoder_training": (0, 60),
     "train_batch_size": (1, 2, 3),
     "optimizer": tuple(
         sorted(OPTIMIZERS.keys() - {"RAdamScheduleFree"})

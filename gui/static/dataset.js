@@ -57,10 +57,18 @@ class DatasetTab {
     byId("lw-dataset-sum").replaceChildren(...(folders.length ? [
       folders.map((f) => `${f.images} × ${f.repeats} (${f.name}${f.regularisation ? t`, regularisation` : ""})`).join(" + "),
       steps ? make("b", {}, t` = ${counted(steps.seen, "image")} an epoch`) : "",
-      steps ? t` in ${counted(steps.batches, "batch", "batches")} of ${steps.batch} × ${counted(steps.epochs, "epoch")}${steps.accumulation > 1 ? t` ÷ ${steps.accumulation} a step` : ""} = ` : "",
+      steps ? t` in ${counted(steps.batches, "batch", "batches")} of ${steps.batch}` : "",
+      steps && !steps.limited ? t` × ${counted(steps.epochs, "epoch")}${steps.accumulation > 1 ? t` ÷ ${steps.accumulation} a step` : ""}` : "",
+      steps ? (steps.limited ? t`; Max train steps makes it ` : " = ") : "",
       steps ? make("b", {}, counted(steps.steps, "step")) : "",
     ] : [t`No images yet: choose a folder that holds folders like “10_cat” (each image ten times an epoch), or images.`]));
-    byId("lw-dataset-problems").replaceChildren(...found.problems.map((p) => this.banner.line(p)));
+    const locked = images.length && found.locked ? [{ severity: "note", message: t`These captions cannot be edited here: ${found.locked}` }] : [];
+    byId("lw-dataset-problems").replaceChildren(...[...found.problems, ...locked].map((p) => this.banner.line(p)));
+    byId("lw-captions").hidden = locked.length > 0;
+    this.locked = found.locked;
+    const looked = JSON.stringify(images.map((image) => image.path));
+    if (looked !== this.looked) byId("lw-inspected").replaceChildren();
+    this.looked = looked;
     byId("lw-dataset-parts").hidden = !images.length;
     const most = Math.max(...buckets.map(([, , , seen]) => seen), 1);
     byId("lw-buckets").replaceChildren(...buckets.map(([wide, high, count, seen]) => make("div", { class: "lw-bucket" },
@@ -96,7 +104,7 @@ class DatasetTab {
     const cut = image.crop ? `${image.size[0]}×${image.size[1]} → ${image.bucket[0]}×${image.bucket[1]}` : t`${image.size[0]}×${image.size[1]}, fits no bucket`;
     const card = make("figure", { class: "lw-card" }, frame, make("figcaption", {},
       make("textarea", { class: `lw-caption ${image.captioned ? "" : "lw-borrowed"}`, rows: 3, value: image.caption || "", placeholder: t`no caption`,
-        title: image.captioned ? "" : t`From the folder's name: there is no caption file`, "aria-label": t`Caption of ${image.folder}/${image.name}`,
+        readOnly: Boolean(this.locked), title: this.locked || image.captioned ? this.locked || "" : t`From the folder's name: there is no caption file`, "aria-label": t`Caption of ${image.folder}/${image.name}`,
         onkeydown: (event) => { if (event.key === "Enter") { event.preventDefault(); event.target.blur(); } },
         onchange: (event) => this.write(image, event.target) }),
       image.cut && make("p", { class: "lw-cut", title: image.cut }, t`${image.tokens} tokens, cut: ${image.cut}`),
@@ -158,15 +166,16 @@ class DatasetTab {
 
   // Keep what was typed below one picture; the card stays where it is.
   async write(image, box) {
-    const before = image.caption;
+    let refused;
     try {
-      const { refused } = await this.server.captions({ how: "write", entries: this.shown, path: image.path, text: box.value, sure: true });
-      if (refused) { box.value = before || ""; this.banner.show("error", t`The caption is as it was.`, [{ severity: "error", message: refused }]); return; }
+      ({ refused } = await this.server.captions({ how: "write", entries: this.shown, path: image.path, text: box.value, sure: true }));
     } catch (error) {
-      this.banner.show("error", t`The caption was not kept. ${error.message}`);
-      return;
+      refused = error.message;
     }
-    this.later();
+    if (refused) this.banner.show("error", t`The caption was not kept. What you typed stands below the picture still.`, [{ severity: "error", message: refused }]);
+    else if (this.unkept) this.banner.clear();
+    this.unkept = Boolean(refused);
+    if (!refused) this.later();
   }
 
   async changeAll() {

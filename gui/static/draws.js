@@ -3,6 +3,7 @@
 class DrawsPart {
   constructor(form, server) {
     Object.assign(this, { form, server, following: 0 });
+    form.whenChanged.push(() => this.outdate());
     document.addEventListener("click", (event) => {
       if (event.target.id === "lw-draws-first") this.draw(0);
       if (event.target.id === "lw-draws-next") this.draw(this.following);
@@ -18,11 +19,11 @@ class DrawsPart {
   }
 
   async drawn(batch) {
-    const told = byId("lw-draws-told"), list = byId("lw-draws");
+    const told = byId("lw-draws-told"), list = byId("lw-draws"), entries = this.form.entries;
     told.textContent = t`Drawing …`;
     let answer;
     try {
-      answer = await this.server.draws({ entries: this.form.entries, batch });
+      answer = await this.server.draws({ entries, batch });
     } catch (error) {
       told.textContent = error.message;
       return;
@@ -32,11 +33,21 @@ class DrawsPart {
       list.replaceChildren();
       return;
     }
+    this.of = JSON.stringify(entries);
+    list.classList.remove("lw-outdated");
     this.following = answer.following;
     byId("lw-draws-next").hidden = false;
     told.textContent = answer.chosen ? t`Drawn with the seed ${answer.seed}, as a training with these settings does from its first step on.`
       : t`Seed is empty, so every training draws anew. These are of a random one, ${answer.seed}.`;
     list.replaceChildren(...answer.draws.map((draw) => this.card(draw)));
+  }
+
+  // What was drawn is of other settings than the form shows now.
+  outdate() {
+    const list = byId("lw-draws");
+    if (!list?.children.length || list.classList.contains("lw-outdated") || JSON.stringify(this.form.entries) === this.of) return;
+    list.classList.add("lw-outdated");
+    byId("lw-draws-told").textContent = t`The form has changed since these were drawn. Draw again to see what it makes of the images now.`;
   }
 
   card(draw) {

@@ -50,19 +50,36 @@ def test_captions_are_edited_one_by_one_and_all_at_once_and_taken_back(page, cat
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_a_caption_that_may_not_be_written_goes_back_and_says_why(page, cats, tmp_path):
+def test_captions_outside_the_roots_cannot_be_typed_over_and_it_is_said_why(page, tmp_path):
     folder = tmp_path / "1_dog"
     folder.mkdir()
     Image.new("RGB", (96, 96)).save(folder / "d.png")
-    (folder / "d.caption").write_text("dog")
     open_tab(page, "Folders")
     set_text(page, "train_data_dir", str(tmp_path))
     open_tab(page, "Dataset")
-    box = page.get_by_label("Caption of 1_dog/d.png")
+    page.wait_for_selector("#lw-dataset-problems >> text=outside the folders that this page may change")
+    assert page.get_by_label("Caption of 1_dog/d.png").get_attribute("readonly") is not None
+
+
+def test_a_caption_that_was_not_kept_stands_until_it_can_be(page, cats, tmp_path):
+    file = cats / "0.caption"
+    text = file.read_text()
+    file.rename(tmp_path / "elsewhere.caption")
+    file.symlink_to(tmp_path / "elsewhere.caption")
+    open_tab(page, "Folders")
+    set_text(page, "train_data_dir", str(cats.parent))
+    open_tab(page, "Dataset")
+    box = page.get_by_label("Caption of 10_cat/0.png")
     box.fill("wolf")
     box.press("Enter")
-    page.wait_for_selector("#lw-banner >> text=outside the folders")
-    assert box.input_value() == "dog" and (folder / "d.caption").read_text() == "dog"
+    page.wait_for_selector("#lw-banner >> text=is a link")
+    assert box.input_value() == "wolf"
+    assert (tmp_path / "elsewhere.caption").read_text() == text
+    file.unlink()
+    box.fill("grey wolf")
+    box.press("Enter")
+    page.wait_for_function("!document.querySelector('#lw-banner').textContent")
+    assert file.read_text() == "grey wolf"
 
 
 def test_a_look_at_the_pixels_finds_the_copy(page, tmp_path):

@@ -5,7 +5,7 @@ import zipfile
 
 from PIL import Image
 
-from tests.browser.conftest import eventually, open_tab
+from tests.browser.conftest import eventually, open_tab, set_text
 
 
 def packed(*names):
@@ -49,5 +49,13 @@ def test_a_zip_becomes_a_data_set_whose_captions_are_written_and_seen_as_the_tra
     assert "blue cat" in seen and "18 tokens cut" in seen and "step 1" in seen and "step 8" in seen
     page.get_by_role("button", name="Other draws").click()
     page.wait_for_selector("#lw-draws >> text=step 9 ", timeout=60000)
+    open_tab(page, "Folders")
+    set_text(page, "train_data_dir", "embedded:images")
+    open_tab(page, "Dataset")
+    page.wait_for_selector("#lw-draws-told >> text=The form has changed since these were drawn")
+    page.wait_for_selector("#lw-dataset-problems >> text=is part of this program")
+    caption = page.locator(".lw-caption").first
+    assert caption.get_attribute("readonly") is not None
+    assert page.locator("#lw-captions").is_hidden()
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -171,6 +171,10 @@ def test_folders_outside_the_roots_and_links_are_not_written(captions, values, f
     assert contents(tmp_path) == before
 
 
+def test_captions_of_a_folder_inside_the_roots_are_not_locked(captions, values):
+    assert captions.locked(values) == ""
+
+
 def test_a_file_that_is_no_text_stops_the_edit_before_anything_is_written(captions, values, folder):
     (folder / "b.txt").write_bytes(b"\xff\xfe\x00")
     before = contents(folder)
@@ -181,5 +185,7 @@ def test_a_file_that_is_no_text_stops_the_edit_before_anything_is_written(captio
 
 def test_the_pictures_that_come_along_keep_their_captions(captions, tmp_path):
     everywhere = Captions(Roots([Path("/")]), tmp_path / "backups")
+    assert "part of this program" in everywhere.locked({"train_data_dir": "embedded:images"})
+    assert captions.locked({"train_data_dir": str(tmp_path.parent)}).startswith(f'"{tmp_path.parent}" is outside')
     with pytest.raises(RefusedError, match="part of this program"):
         everywhere.edit({"train_data_dir": "embedded:images"}, {"how": "add", "text": "x"})

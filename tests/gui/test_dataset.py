@@ -31,7 +31,15 @@ def settings(tmp_path):
 def test_count_times_repeats_times_epochs_gives_the_steps(settings):
     found = dataset.dataset(settings)
     assert [(f["name"], f["images"], f["repeats"]) for f in found["folders"]] == [("3_dog", 1, 3), ("10_cat", 2, 10)]
-    assert found["steps"] == {"seen": 23, "batch": 2, "accumulation": 1, "batches": 12, "epochs": 3, "steps": 36}
+    assert found["steps"] == {
+        "seen": 23,
+        "batch": 2,
+        "accumulation": 1,
+        "batches": 12,
+        "epochs": 3,
+        "steps": 36,
+        "limited": False,
+    }
 
 
 def test_the_crop_is_what_the_trainer_keeps_as_shares_of_the_image(settings):
