@@ -18,7 +18,7 @@ from trainer.check import settings
 from trainer.data import folders
 from trainer.data.edits import Edit, new_record, text_of, with_first, write_down
 from trainer.data.folders import CAPTION_SUFFIXES, Picture, first_line
-from trainer.errors import DataError
+from trainer.errors import DataError, LorawrightError
 from trainer.paths import DEMO, resolve, shown
 
 LONGEST = 10_000
@@ -82,8 +82,11 @@ class Captions:
 
     def locked(self, values: Mapping[str, Any]) -> str:
         """Why no caption of the form's image folder can be edited; "" where some can."""
-        folder = resolve(str(values.get("train_data_dir") or "").strip() or ".")
-        return "" if self._ours(folder / f"any{CAPTION_SUFFIXES[0]}") else self._not_ours(folder)
+        try:
+            folder = resolve(str(values.get("train_data_dir") or "").strip() or ".")
+            return "" if self._ours(folder / f"any{CAPTION_SUFFIXES[0]}") else self._not_ours(folder)
+        except (LorawrightError, OSError, ValueError):  # a path that is none has no captions
+            return ""
 
     def _newest(self) -> Path | None:
         return max(self.backups.glob("*.json"), default=None)

@@ -14,7 +14,7 @@ from gui.waiting import Queue
 from trainer import kohya
 from trainer.errors import Problem
 from trainer.run import Run
-from trainer.schema import PARAMETERS, Parameter
+from trainer.schema import PARAMETERS, Parameter, shown, without_effect
 
 MOST = 24
 SWITCHES = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
@@ -27,6 +27,7 @@ class Combination:
 
     words: str
     values: Mapping[str, Any]
+    swept: Sequence[str] = ()
 
 
 def plan(values: Mapping[str, Any], fields: Sequence[Sequence[str]]) -> tuple[list[Combination], list[Problem]]:
@@ -60,7 +61,7 @@ def plan(values: Mapping[str, Any], fields: Sequence[Sequence[str]]) -> tuple[li
         names.add(unique)
         settings["output_name"] = unique
         spoken = ", ".join(f"{PARAMETERS[key].label} {word}" for (key, _), word in zip(chosen, words, strict=True))
-        found.append(Combination(spoken, settings))
+        found.append(Combination(spoken, settings, [key for key, _ in chosen]))
     return found, []
 
 
@@ -73,6 +74,11 @@ def check(combinations: Sequence[Combination]) -> list[Problem]:
         for problem in problems(kohya.Preset(dict(one.values), {}), decode=False, ask=False).errors:
             told = Problem(problem.key, problem.label, f"with {one.words}: {problem.message}")
             found.setdefault((problem.key, problem.message), told)
+        idle = {key: message for key, message in without_effect(one.values, one.swept).items() if key in one.swept}
+        hidden = {key: "does not apply with the other settings" for key in one.swept if not shown(key, one.values)}
+        for key, message in (hidden | idle).items():
+            told = Problem(key, PARAMETERS[key].label, f"with {one.words}: {message}")
+            found.setdefault((key, ""), told)
     return list(found.values())
 
 

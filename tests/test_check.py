@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -348,6 +348,7 @@ junk = st.one_of(
 )
 
 
+@example(change={"resume": "\0"})
 @given(change=st.dictionaries(st.sampled_from(sorted(PARAMETERS)), junk, max_size=12))
 @hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_preset_makes_it_stumble(settings, change, capsysbinary):

@@ -98,9 +98,7 @@ def problems(preset: Preset, *, decode: bool = True, ask: bool = True, runs: Pat
         found += _refused_values(config.optim, summary.total_steps or 100)
     found += _resume(config, summary, runs)
     refused = any(problem.severity == "error" for problem in found)
-    return Checked(
-        None if refused else config, tuple(found), (*preset.notes, *unused(preset.values, config.network.type)), summary
-    )
+    return Checked(None if refused else config, tuple(found), (*preset.notes, *unused(preset.values)), summary)
 
 
 def report(preset: Preset, as_json: bool, trial: bool = False) -> int:

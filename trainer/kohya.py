@@ -108,10 +108,9 @@ def read(flat: Mapping[str, Any]) -> Preset:
     return Preset(values, kept, tuple(notes))
 
 
-def unused(values: Mapping[str, Any], lora_type: str) -> list[Note]:
-    """What is set and has no effect, since the LoRA type does not use it."""
-    reason = f"has no effect: {PARAMETERS['LoRA_type'].label} (LoRA_type) {lora_type} does not use it"
-    return [Note("without effect", key, f"{value} {reason}") for key, value in without_effect(values).items()]
+def unused(values: Mapping[str, Any]) -> list[Note]:
+    """What is set and has no effect with the other settings."""
+    return [Note("without effect", key, message) for key, message in without_effect(values).items()]
 
 
 def overridden(preset: Preset, words: Sequence[str]) -> Preset:

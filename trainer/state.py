@@ -264,7 +264,7 @@ def is_state(folder: Path) -> bool:
     """Whether a folder holds a state of ours and nothing else."""
     try:
         return {path.name for path in folder.iterdir()} <= {HEADER, TENSORS} and read(folder).step >= 0
-    except (OSError, StateError):
+    except (OSError, ValueError, StateError):  # no folder; a path with NUL
         return False
 
 

@@ -28,13 +28,15 @@ function whenThere(find, patience_ms = 3000) {
   });
 }
 
-// A modal question: resolves to the pressed button's value, or "" when it was left.
+// A modal question: resolves to the pressed button's value, or "" when it was left. Enter in a field means the first
+// button with a value, never the one that leaves.
 function ask(title, content, buttons) {
   return new Promise((resolve) => {
     const form = make("form", { method: "dialog", class: "lw-dialog-form" },
       make("h2", {}, title), content,
       make("div", { class: "lw-dialog-buttons" },
-        ...buttons.map(([value, label, look]) => make("button", { value, class: `lw-button ${look || ""}` }, label))));
+        ...buttons.map(([value, label, look]) => make("button", { value, class: `lw-button ${look || ""}`,
+          ...(value ? {} : { type: "button", onclick: () => dialog.close("") }) }, label))));
     const dialog = make("dialog", { class: "lw-dialog", "aria-label": title }, form);
     dialog.addEventListener("close", () => { dialog.remove(); resolve(dialog.returnValue); });
     document.body.append(dialog);

@@ -293,7 +293,7 @@ def test_saving_asks_before_it_replaces_and_the_preset_comes_back(page):
         set_text(page, "training_comment", comment)
         page.get_by_role("button", name="Save preset").click()
         page.get_by_label("Name of the preset").fill("Mine (ü)")
-        page.get_by_role("button", name="Save", exact=True).click()
+        page.keyboard.press("Enter")
         if replaces:
             page.get_by_role("button", name="Replace").click()
         page.wait_for_selector("#lw-banner >> text=Saved as")

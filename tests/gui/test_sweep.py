@@ -73,6 +73,21 @@ def test_each_combination_is_checked_and_a_problem_names_the_first_that_has_it()
     assert sweep.check(sweep.plan(BASE, [["network_dim", "8, 16"]])[0]) == []
 
 
+@pytest.mark.parametrize(
+    ("fields", "values", "message"),
+    [
+        (["learning_rate", "1e-4, 5e-5"], {}, "with Learning rate 5e-5: 5e-05 has no effect: Unet learning rate"),
+        (["network_dropout", "0, 0.1"], {"LoRA_type": "LyCORIS/LoHa"}, "LyCORIS/LoHa does not use it"),
+        (["noise_offset", "0, 0.1"], {"noise_offset_type": "Multires"}, "does not apply"),
+        (["learning_rate", "1e-4, 5e-5"], {"unet_lr": ""}, ""),
+    ],
+)
+def test_what_changes_nothing_is_not_swept(fields, values, message):
+    found = sweep.check(sweep.plan(BASE | values, [fields])[0])
+    assert [problem.key for problem in found] == [fields[0]] * bool(message)
+    assert all(message in problem.message for problem in found)
+
+
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -9,7 +9,7 @@ To add a parameter: declare a field in the group that it belongs to, and read it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from trainer.schema.network import Network
 from trainer.schema.objective import Objective
 from trainer.schema.optim import Optim
 from trainer.schema.overrides import with_additional
-from trainer.schema.rules import claimed_family, conflicts
+from trainer.schema.rules import claimed_family, conflicts, rates_of_their_own
 from trainer.schema.samples import Samples
 from trainer.schema.tracking import Tracking
 from trainer.schema.training import Training
@@ -113,12 +113,24 @@ def read(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
     return _with_the_familys_defaults(_with_what_the_type_uses(config)), problems
 
 
-def without_effect(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What is set for controls that the LoRA type does not use, by key, where it is not the default."""
-    given, _ = _typed(values)
-    used = _with_what_the_type_uses(given)
-    pairs = {k: [getattr(getattr(config, p.group), p.name) for config in (given, used)] for k, p in PARAMETERS.items()}
-    return {key: value for key, (value, default) in pairs.items() if value != default}
+def without_effect(values: Mapping[str, Any], asked: Collection[str] = ()) -> dict[str, str]:
+    """What is set and changes nothing, by key, with the value and the reason in words; of those `asked` for, defaults too."""
+    config, _ = _typed(values)
+    reasons = {p.key: f"{_told('LoRA_type')} {config.network.type} does not use it" for p in _unused(config)}
+    if rates_of_their_own(config):
+        rates = f"{_told('unet_lr')} and {_told('text_encoder_lr')} go before it"
+        reasons["learning_rate"] = f"{rates}. Set those, or empty them"
+    found = {}
+    for key, reason in reasons.items():
+        group = getattr(config, PARAMETERS[key].group)
+        value, default = (getattr(of, PARAMETERS[key].name) for of in (group, type(group)()))
+        if key in asked or value not in (default, config.optim.unet_lr if key == "learning_rate" else default):
+            found[key] = f"{value} has no effect: {reason}"
+    return found
+
+
+def _told(key: str) -> str:
+    return f"{PARAMETERS[key].label} ({key})"
 
 
 def _typed(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
@@ -141,12 +153,17 @@ def _typed(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
 
 def _with_what_the_type_uses(config: Config) -> Config:
     """The settings with the default for every control that the LoRA type does not use, as if it were not there."""
-    for p in PARAMETERS.values():
-        if config.network.type not in p.when.get("LoRA_type", (config.network.type,)):
-            group = getattr(config, p.group)
-            unset = getattr(type(group)(), p.name)
-            config = config.model_copy(update={p.group: group.model_copy(update={p.name: unset})})
+    for p in _unused(config):
+        group = getattr(config, p.group)
+        unset = getattr(type(group)(), p.name)
+        config = config.model_copy(update={p.group: group.model_copy(update={p.name: unset})})
     return config
+
+
+def _unused(config: Config) -> list[Parameter]:
+    """The controls that the LoRA type does not use."""
+    type = config.network.type
+    return [p for p in PARAMETERS.values() if type not in p.when.get("LoRA_type", (type,))]
 
 
 def _with_the_familys_defaults(config: Config) -> Config:

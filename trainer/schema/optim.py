@@ -98,8 +98,8 @@ class Optim(Group):
         1e-4,
         "Learning rate",
         Section.LEARNING,
-        """How far each step moves, for the parts whose own rate below is empty. Too high: broken
-        pictures; too low: nothing happens.""",
+        """How far each step moves, for the parts whose own rate below is empty; while both hold a value,
+        this one has no effect. Too high: broken pictures; too low: nothing happens.""",
         ge=0,
     )
     text_encoder_lr: float | None = parameter(

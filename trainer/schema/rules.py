@@ -481,6 +481,14 @@ def unet_rate(config: Config) -> float:
     return config.optim.learning_rate if own is None else own
 
 
+def rates_of_their_own(config: Config) -> bool:
+    """Whether all parts have a learning rate, so that the general one is nobody's."""
+    optim = config.optim
+    both = optim.unet_lr is not None and optim.text_encoder_lr is not None
+    # The lowest rate of that schedule is a share of it.
+    return both and not optim.relative_step and optim.scheduler != "cosine_with_min_lr"
+
+
 def text_encoder_rate(config: Config) -> float:
     """The text encoder's learning rate: its own, or the general one where that is empty."""
     own = config.optim.text_encoder_lr
