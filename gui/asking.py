@@ -34,6 +34,7 @@ SHAPES: dict[str, Shape] = {
     "save": {**FORM, "name": str},
     "check": FORM,
     "trial": FORM,
+    "trial_stop": {},
     "outlook": {"entries": Entries},
     "dataset": {"entries": Entries},
     "draws": {"entries": Entries, "batch": int},

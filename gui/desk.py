@@ -125,6 +125,10 @@ class Desk:
         except BusyError as busy:
             return {"problems": [asdict(Problem("", "Trial", str(busy)))], "notes": []}
 
+    def trial_stop(self, ask: Ask) -> Answer:
+        self.runs.end_trials()
+        return {}
+
     def outlook(self, ask: Ask) -> Answer:
         """What would be trained. Problems are only counted: the check tells them."""
         from gui.outlook import outlook  # late: what reads images takes a while to import
@@ -420,6 +424,7 @@ class Desk:
             "save": self.save,
             "check": self.check,
             "trial": self.trial,
+            "trial_stop": self.trial_stop,
             "outlook": self.outlook,
             "dataset": self.dataset,
             "thumbnails": self.thumbnails,

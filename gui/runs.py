@@ -76,6 +76,7 @@ class Runs:
         self.folder = folder
         self.root = root
         self.trainer = tuple(trainer)
+        self._trials: list[subprocess.Popen[bytes]] = []
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -125,6 +126,11 @@ class Runs:
             raise BusyError(f"{active.folder.name} is still going on, and would be measured too. Wait for its end.")
         return self.check(values, kept, TRIAL)
 
+    def end_trials(self) -> None:
+        """End what `trial` waits for; it answers with no problem and no measurement then."""
+        for process in list(self._trials):
+            process.terminate()
+
     def check(self, values: Mapping[str, Any], kept: Mapping[str, Any], *options: str) -> dict[str, Any]:
         """What the trainer finds wrong with the settings: {"problems": […], "notes": […], "summary": {…}}."""
         return {"notes": [], "summary": {}, **self.told("check", values, kept, *options)}
@@ -136,21 +142,30 @@ class Runs:
             kohya.save(preset, values, kept)
             words = [*self.trainer, command, str(preset), "--json", *options]
             timeout = TRIAL_TIMEOUT_S if TRIAL in options else ANSWER_TIMEOUT_S
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(words, cwd=self.root, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)  # noqa: S603
+            if TRIAL in options:
+                self._trials.append(process)
             try:
-                done = subprocess.run(  # noqa: S603
-                    words, cwd=self.root, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout
-                )
+                stdout, stderr = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
                 return _broken(command, f"It took more than {timeout} s and was ended.")
+            finally:
+                if TRIAL in options:
+                    self._trials.remove(process)
+        if TRIAL in options and process.returncode == -signal.SIGTERM:
+            return {"problems": []}
         try:
-            found = json.loads(done.stdout)
+            found = json.loads(stdout)
             found["problems"] = list(found["problems"])
         except (ValueError, TypeError, KeyError):
             found = None
-        if done.returncode == -signal.SIGKILL:
+        if process.returncode == -signal.SIGKILL:
             return _broken(command, "The system ended it, most likely because memory was full.")
-        if found is None or done.returncode not in (EXIT_DONE, EXIT_CONFIG, EXIT_FAILED):
-            lines = done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit code {done.returncode}"]
+        if found is None or process.returncode not in (EXIT_DONE, EXIT_CONFIG, EXIT_FAILED):
+            lines = stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit code {process.returncode}"]
             return _broken(command, f"It failed itself: {lines[-1]}")
         return dict(found)
 

@@ -37,6 +37,10 @@ def stop_at(monkeypatch):
     return lambda number: asked.update(step=number)
 
 
+def averages(events):
+    return [event["average_loss"] for event in of_type(events, "step")]
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -112,7 +116,9 @@ CASES = {
 def test_a_training_resumed_twice_is_the_one_that_never_stopped_bit_for_bit(settings, train, tmp_path, stop_at, case):
     out = tmp_path / "out"
     settings |= {"max_train_steps": 8, "save_every_n_epochs": 0, "save_state": True} | CASES[case]
-    assert train(settings)[0] == EXIT_DONE
+    code, events, _ = train(settings)
+    assert code == EXIT_DONE
+    whole = averages(events)
     shutil.move(out, tmp_path / "in one go")
 
     stop_at(3)
@@ -122,6 +128,7 @@ def test_a_training_resumed_twice_is_the_one_that_never_stopped_bit_for_bit(sett
     assert code == EXIT_STOPPED
     assert of_type(events, "started")[0]["first_step"] == 4
     assert [e["step"] for e in of_type(events, "step")] == [4, 5, 6]
+    assert averages(events) == pytest.approx(whole[3:6])
     assert not any("other settings" in e["message"] for e in of_type(events, "warning"))
     stop_at(0)
     assert train(settings | {"resume": str(out / "photo-step00000006-state")})[0] == EXIT_DONE

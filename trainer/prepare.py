@@ -82,6 +82,8 @@ class Session:
     newest_state: Path | None = None
     returns: list[int] = field(default_factory=list)
     """The steps that training went back to, which is in the rates and the noise since."""
+    average: tuple[float, int] = (0.0, 0)
+    """The average loss that was told of last, and of how many steps."""
     parts: int = 1
     """In how many parts each batch is taken."""
     compiled: bool = False
@@ -233,6 +235,7 @@ def prepare(
         resumed=resumed,
         newest_state=resumed.folder if resumed else None,
         returns=list(resumed.returns) if resumed else [],
+        average=resumed.average if resumed else (0.0, 0),
         compiled=compiled,
     )
 

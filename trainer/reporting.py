@@ -22,14 +22,12 @@ class Reporter:
     """Turns steps into events without making the device wait in each: losses are fetched together.
 
     Speed is that of the training alone, since the start or the last pause for other work. The average
-    loss is over about the last tenth of the steps, at least 10 and at most 200.
+    loss is over about the last tenth of the steps, at least 10 and at most 200, also of those before a resume.
     """
 
     def __init__(self, session: Session, forecast: Forecast) -> None:
         self.s = session
         self.forecast = forecast
-        self._seen = 0
-        self._average = 0.0
         self._waiting: list[tuple[int, torch.Tensor, dict[str, float]]] = []
         self._flushed = self._since = time.monotonic()
         self._steps = 0
@@ -73,8 +71,10 @@ class Reporter:
         if not math.isfinite(loss):
             return self._skip(step, loss)
         self._skipped = 0
-        self._seen += 1
-        self._average += (loss - self._average) / min(self._seen, 200, max(10, self._seen / 10))
+        average, seen = self.s.average
+        seen += 1
+        average += (loss - average) / min(seen, 200, max(10, seen / 10))
+        self.s.average = average, seen
         length, epoch = self.s.length, self.s.length.epoch_of(step)
         left = self.forecast.seconds_left(step, length.total_steps)
         event = Step(
@@ -83,7 +83,7 @@ class Reporter:
             epoch=epoch,
             epochs=length.epochs,
             loss=loss,
-            average_loss=self._average,
+            average_loss=average,
             unet_lr=rates.get("d*lr/unet", rates.get("unet")),
             text_encoder_lr=rates.get("d*lr/text_encoder", rates.get("text_encoder")),
             steps_per_s=round(speed, 4),

@@ -81,6 +81,7 @@ def save_state(s: Session, step: int, due: Due, *, stopgap: bool = False) -> Non
             s.feed.pictures,
             stopgap=stopgap,
             returns=s.returns,
+            average=s.average,
         ),
     )
     s.newest_state = path

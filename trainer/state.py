@@ -72,7 +72,8 @@ class State:
     """A state folder's header: after which step it was written, with which seed and settings.
 
     `stopgap`: nobody asked to keep it; it stands for a training that was stopped, until that has gone on.
-    `returns`: the steps that training went back to before.
+    `returns`: the steps that training went back to before. `average`: the average loss that was told of last, and of how
+    many steps.
     """
 
     folder: Path
@@ -85,6 +86,7 @@ class State:
     pictures: Mapping[str, Any]
     stopgap: bool = False
     returns: Sequence[int] = ()
+    average: tuple[float, int] = (0.0, 0)
 
     def leads_into(self, total_steps: int) -> None:
         """Raise StateError when a training of so many steps is over by then."""
@@ -255,6 +257,7 @@ def read(folder: Path) -> State:
             dict(header.get("pictures", {})),
             bool(header.get("stopgap", False)),
             tuple(header.get("returns", ())),
+            (float(header.get("average_loss", 0.0)), int(header.get("losses", 0))),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, str(error) or type(error).__name__) from error
@@ -279,6 +282,7 @@ def write(
     *,
     stopgap: bool = False,
     returns: Sequence[int] = (),
+    average: tuple[float, int] = (0.0, 0),
 ) -> Path:
     """Write a state folder; whole or not at all. Returns where it is.
 
@@ -322,6 +326,8 @@ def write(
             "pictures": fingerprint(pictures),
             "stopgap": stopgap,
             "returns": list(returns),
+            "average_loss": average[0],
+            "losses": average[1],
         }
         with (fresh / HEADER).open("w", encoding="utf-8") as text:
             json.dump(header, text)

@@ -9,7 +9,7 @@ class Banner {
   clear() {
     this.node.replaceChildren();
     this.node.className = "";
-    this.about = null;
+    this.about = this.until = null;
   }
 
   // The banner's errors are about these entries; `titled` says how many there are.
@@ -27,6 +27,9 @@ class Banner {
     else this.clear();
   }
 
+  // What it tells holds until then; without a word it holds until something else is told.
+  over(what) { if (this.until === what) this.clear(); }
+
   busy(text) {
     this.show("busy", text);
   }
@@ -35,7 +38,7 @@ class Banner {
   // `aside`: what follows the title in a quieter voice.
   show(tone, title, items = [], actions = [], aside = "") {
     this.node.className = `lw-banner-${tone}`;
-    this.about = null;
+    this.about = this.until = null;
     const close = make("button", { class: "lw-close", type: "button", "aria-label": t`Dismiss`, onclick: () => this.clear() }, "×");
     const head = make("div", { class: "lw-banner-head" },
       tone === "busy" ? make("span", { class: "lw-spinner", "aria-hidden": "true" }) : null,

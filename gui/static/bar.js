@@ -15,7 +15,7 @@ class Bar {
     this.on("lw-start", () => this.start());
     this.on("lw-try", () => this.trial());
     this.on("lw-queue", () => this.enqueue());
-    live.whenBusy = (busy) => this.offerTrial(busy);
+    live.whenBusy = (busy) => { this.offerTrial(busy); if (this.sawBusy && !busy) banner.over("busy"); this.sawBusy = busy; };
     this.offerTrial(false);
     form.resetting = (p) => this.order(() => this.resetOne(p));
     form.whenChanged.push(() => this.count());
@@ -203,8 +203,9 @@ class Bar {
 
   // Three steps and a picture for real: whether the memory suffices, and how long all will take.
   async trial() {
-    this.banner.busy(t`Trying three steps and a picture for real; a large model takes minutes …`);
+    this.banner.show("busy", t`Trying three steps and a picture for real; a large model takes minutes …`, [], [[t`Stop`, () => this.server.trial_stop({})]]);
     const { problems, notes, trial } = await this.server.trial(await this.shown());
+    if (!trial && !problems.length) return this.banner.show("info", t`The trial was stopped; nothing was measured.`);
     if (!trial) return this.tell({ problems, notes: notes || [] }, "");
     const savings = trial.tight ? trial.savings.map((p) => ({ ...p, severity: "less memory" })) : [];
     this.banner.show(trial.ended_in ? "error" : trial.tight ? "warning" : "good", trial.lines[0], savings);
@@ -219,6 +220,7 @@ class Bar {
     if (!answer.run) {
       const queue = [t`Add to the queue`, () => this.order(() => this.enqueue(settings))];
       this.tell(answer, "", [...(answer.busy ? [queue] : []), ...instead], settings);
+      if (answer.busy) this.banner.until = "busy";
       return false;
     }
     const worth = answer.problems.length || answer.notes.length;

@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,17 @@ def test_a_trial_is_measured_alone(desk):
     desk.start(asked)
     answer = desk.trial(asked)
     assert "trial" not in answer and "still going on" in answer["problems"][0]["message"]
+
+
+def test_a_trial_can_be_stopped(desk):
+    answers = []
+    asked = {"entries": entries(desk, training_comment="slow"), "kept": {}}
+    trying = threading.Thread(target=lambda: answers.append(desk.trial(asked)))
+    trying.start()
+    while not answers and trying.is_alive():
+        desk.trial_stop({})
+        trying.join(0.1)
+    assert answers == [{"notes": [], "summary": {}, "problems": []}]
 
 
 def ended_run(desk, words="steps=8"):
