@@ -84,6 +84,14 @@ def _by_type(parameter: Parameter) -> Parameter:
 PARAMETERS: Mapping[str, Parameter] = _in_order_of_the_form()
 
 
+OVERRULED = {
+    "epoch": ("max_train_steps", "max_train_epochs"),
+    "max_train_epochs": ("max_train_steps",),
+    "lr_warmup": ("lr_warmup_steps",),
+}
+"""Controls that have no effect while one of others is set."""
+
+
 def defaults() -> dict[str, Any]:
     """The flat preset of a form that nobody has touched: key → value, as JSON."""
     return {key: "" if p.default is None else p.default for key, p in PARAMETERS.items()}
@@ -117,16 +125,22 @@ def without_effect(values: Mapping[str, Any], asked: Collection[str] = ()) -> di
     """What is set and changes nothing, by key, with the value and the reason in words; of those `asked` for, defaults too."""
     config, _ = _typed(values)
     reasons = {p.key: f"{_told('LoRA_type')} {config.network.type} does not use it" for p in _unused(config)}
+    for key, others in OVERRULED.items():
+        if first := next((other for other in others if _value(config, other)), None):
+            reasons[key] = f"{_told(first)} goes before it"
     if rates_of_their_own(config):
         rates = f"{_told('unet_lr')} and {_told('text_encoder_lr')} go before it"
         reasons["learning_rate"] = f"{rates}. Set those, or empty them"
     found = {}
     for key, reason in reasons.items():
-        group = getattr(config, PARAMETERS[key].group)
-        value, default = (getattr(of, PARAMETERS[key].name) for of in (group, type(group)()))
+        value, default = _value(config, key), _value(Config(), key)
         if key in asked or value not in (default, config.optim.unet_lr if key == "learning_rate" else default):
             found[key] = f"{value} has no effect: {reason}"
     return found
+
+
+def _value(config: Config, key: str) -> Any:
+    return getattr(getattr(config, PARAMETERS[key].group), PARAMETERS[key].name)
 
 
 def _told(key: str) -> str:
