@@ -53,6 +53,7 @@ AMONG: dict[str, tuple[Any, ...]] = {
     "min_timestep": (0, 200),
     "stop_text_encoder_training": (0, 60),
     "train_batch_size": (1, 2, 3),
+    "save_precision": ("float", "bf16"),  # in fp16 the first steps of an optimizer that finds its own rate are nothing
     "optimizer": tuple(
         sorted(OPTIMIZERS.keys() - {"RAdamScheduleFree"})
     ),  # which leaves the weights alone in its first steps
