@@ -205,6 +205,16 @@ def test_all_problems_are_reported_at_once():
             ("min_bucket_reso", "Maximum bucket"),
         ),
         ({"unet_lr": 0, "stop_text_encoder_training": 50}, ("stop_text_encoder_training", "unet_lr")),
+        (
+            {
+                "sdxl": True,
+                "text_encoder_lr": 0,
+                "down_lr_weight": "zeros",
+                "mid_lr_weight": "0,0,0",
+                "up_lr_weight": "zeros",
+            },
+            ("up_lr_weight", "text_encoder_lr"),
+        ),
         ({"text_encoder_lr": 0, "block_dims": "0," * 24 + "0"}, ("block_dims", "text_encoder_lr")),
         (
             {

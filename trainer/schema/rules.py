@@ -292,10 +292,10 @@ def _leaving_every_block_out(config: Config, layout: Layout) -> str:
     conv_rank = network.conv_rank if "conv_dim" in USES[network.type] else 0
     linear = settings.ranks or (network.rank,) * layout.total
     conv = settings.conv_ranks or (conv_rank,) * layout.total
-    if network.dim_from_weights or len(linear) != layout.total or len(conv) != layout.total:
-        return "" if any(rates) else "up_lr_weight"
-    # With convolutions come the linear layers of blocks without attention.
     inner = range(layout.edge + 1, layout.total - layout.edge)  # the first is the layer that the latents enter by
+    if network.dim_from_weights or len(linear) != layout.total or len(conv) != layout.total:
+        return "" if any(rates[block] for block in inner) else "up_lr_weight"
+    # With convolutions come the linear layers of blocks without attention.
     reached = inner if conv_rank or settings.conv_ranks else layout.attention
     sizes = {block: linear[block] if block in reached else 0 for block in inner}
     if not any(sizes[block] or conv[block] for block in inner):
