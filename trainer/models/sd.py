@@ -126,11 +126,9 @@ class StableDiffusion:
         }
 
     def tokens(self, captions: list[str], *, weighted: bool = False, padded: bool = True) -> tuple[Tokens, ...]:
-        """Token ids of the captions for each text encoder, and their weights where brackets are read, on its device."""
+        """Token ids of the captions for each text encoder, and their weights where brackets are read; in main memory."""
         return tuple(
-            clip_tokens.tokenize(
-                captions, self.max_tokens, weighted=weighted, padded=padded, padding=encoder.padding
-            ).to(self.device)
+            clip_tokens.tokenize(captions, self.max_tokens, weighted=weighted, padded=padded, padding=encoder.padding)
             for encoder in self.family.encoders
         )
 
@@ -141,6 +139,7 @@ class StableDiffusion:
         layer norm. Of several chunks the inner begin and end marks are left out.
         """
         (only,), (encoder,) = tokens, self.text_encoders.values()
+        only = only.to(self.device)
         answer = encoder(only.rows, output_hidden_states=True)
         return TextStates(only.joined(encoder.final_layer_norm(answer.hidden_states[-self.clip_skip])))
 

@@ -18,6 +18,7 @@ class StableDiffusionXL(StableDiffusion):
         No final layer norm, whatever clip_skip. Pooled [B, P]: the second encoder's projected answer at
         the end mark of the first chunk; weights do not touch it.
         """
+        tokens = tuple(of_encoder.to(self.device) for of_encoder in tokens)
         first, second = (
             encoder(own.rows, output_hidden_states=True)
             for encoder, own in zip(self.text_encoders.values(), tokens, strict=True)
