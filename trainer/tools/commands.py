@@ -44,16 +44,6 @@ precision = partial(
     help="The number format of the file that is written. fp16 and bf16 take half of float's space; "
     "fp16 is the usual one for files that others load. same: as the input has it.",
 )
-clamp_quantile = partial(
-    option,
-    "clamp_quantile",
-    0.99,
-    "Clamp quantile",
-    help="The few numbers larger than this share of all are cut to that size, so that none rules the file. "
-    "1 cuts nothing and is the most exact.",
-    gt=0,
-    le=1,
-)
 
 
 def paths_of(lines: str) -> list[Path]:
@@ -110,7 +100,6 @@ class MergeLoras(Weighted):
         "conv_rank", None, "Rank of 3×3 convolutions", help="Of 3×3 convolutions, where any LoRA has them.",
         blank="as Rank", ge=1,
     )  # fmt: skip
-    clamp_quantile: float = clamp_quantile()
     precision: Precision = precision()
 
 
@@ -182,7 +171,6 @@ class Extract(Group):
         when={"text_encoder": True},
         ge=0,
     )
-    clamp_quantile: float = clamp_quantile()
     precision: Precision = precision()
 
 

@@ -52,7 +52,7 @@ def run(options: Extract, tell: Tell) -> Report:
             large = difference.shape[2:] not in ((), (1, 1))
             rank = min((large and options.conv_rank) or options.rank, *difference.shape[:2])
             parts = decompose(difference.flatten(1))
-            up, down = as_layers(*factors(parts, rank, options.clamp_quantile), difference.shape)
+            up, down = as_layers(*factors(parts, rank), difference.shape)
             name = kohya(place, original.family.name)
             layers[name] = {UP: up, DOWN: down, ALPHA: torch.tensor(float(rank))}
             rows.append((name, f"{rank}", f"{kept_norm(parts.values, rank):.1%}", f"{difference.abs().max():.2g}"))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 SMALLEST = 1e-6  # a largest singular value below this is that of a zero matrix
@@ -73,17 +72,13 @@ def kept_norm(values: torch.Tensor, rank: int) -> float:
     return float(values[:rank].norm() / whole) if whole else 1.0
 
 
-def factors(parts: Parts, rank: int, quantile: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """up [out, rank] = left · values and down [rank, in] = right, float32.
+def factors(parts: Parts, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """up [out, rank] and down [rank, in], float32: the nearest product of that rank.
 
-    `quantile` below 1 clamps both to ± that quantile of all their values, so that no few large numbers
-    rule a file in fp16.
+    Each singular value is shared out between its two vectors, so that neither leaves what fp16 can say.
     """
-    up, down = parts.left[:, :rank] * parts.values[:rank], parts.right[:rank]
-    if quantile < 1:
-        limit = float(np.quantile(torch.cat([up.flatten(), down.flatten()]).numpy(), quantile))
-        up, down = up.clamp(-limit, limit), down.clamp(-limit, limit)
-    return up.float(), down.float()
+    roots = parts.values[:rank].sqrt()
+    return (parts.left[:, :rank] * roots).float(), (roots[:, None] * parts.right[:rank]).float()
 
 
 def as_layers(up: torch.Tensor, down: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:

@@ -107,7 +107,7 @@ def _fitted(name: str, terms: Terms, family: Family | None, options: MergeLoras)
     else:
         empty = torch.empty(shape, device="meta")
         parts = decompose(sum(weight_update(roles, empty) * strength for roles, strength in terms).flatten(1))
-    up, down = low_rank_factors(parts, min(rank, len(parts.values)), options.clamp_quantile)
+    up, down = low_rank_factors(parts, min(rank, len(parts.values)))
     up, down = as_layers(up, down, shape)
     return {UP: up, DOWN: down, ALPHA: torch.tensor(float(len(down)))}
 
