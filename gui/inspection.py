@@ -72,19 +72,19 @@ def _problems(looks: Mapping[str, Look], masked: bool) -> list[Problem]:
             found.append(problem_with("train_data_dir", message.format(len(names), listed), severity))
 
     damaged = [look.damage for look in looks.values() if look.damage]
-    tell(damaged, "{} images are damaged: {}. Replace or remove them.", "error")
+    tell(damaged, "Damaged ({}): {}. Replace or remove them.", "error")
     tell(
         [name for name, look in looks.items() if look.transparent and not masked],
-        "{} images have transparent parts, which become white: {}. Lay them on a background of your choice, or "
+        "Transparent in parts, which become white ({}): {}. Lay them on a background of your choice, or "
         "leave those parts out of the loss with Masked loss (masked_loss).",
     )
     tell(
         [name for name, look in looks.items() if look.turned],
-        "{} images lie on their side and are set upright by their EXIF mark: {}. If one looks wrong above, save it upright.",
+        "Lying on their side, and set upright by their EXIF mark ({}): {}. If one looks wrong here, save it upright.",
     )
     tell(
         [f"{one} ~ {other}" for one, other in alike(looks)],
-        "{} pairs of images are nearly the same: {}. Keep one of each, or it is learned as often as both.",
+        "Nearly the same ({}): {}. Keep one of each, or it is learned as often as both.",
     )
     return found
 

@@ -23,12 +23,19 @@ class UploadPart {
     byId("lw-upload-progress").hidden = !sending;
   }
 
+  // What is offered: to upload, or to use what was.
+  offers(uploaded) {
+    byId("lw-upload-use").hidden = !uploaded;
+    byId("lw-upload-send").hidden = uploaded;
+    byId("lw-upload-target").readOnly = uploaded;
+    byId("lw-upload-cancel").textContent = uploaded ? t`Close` : t`Cancel`;
+  }
+
   async offer(file) {
     if (!file) return;
     this.file = file;
     byId("lw-upload").hidden = false;
-    byId("lw-upload-use").hidden = true;
-    byId("lw-upload-send").hidden = false;
+    this.offers(false);
     this.tell(`${file.name}, ${bytes(file.size)}`);
     try {
       const { folder, most } = await this.server.upload({ step: "place", name: file.name });
@@ -68,8 +75,7 @@ class UploadPart {
       this.folder = found.folder;
       this.tell([t`${counted(found.images, "image")} and ${counted(found.captions, "caption file")} are in ${found.folder}.`,
         found.left_out ? t`Left out, being neither: ${found.examples.join(", ")}${found.left_out > found.examples.length ? " …" : ""}` : ""].filter(Boolean).join(" "));
-      byId("lw-upload-send").hidden = true;
-      byId("lw-upload-use").hidden = false;
+      this.offers(true);
       byId("lw-upload-use").focus();
     } catch (error) {
       this.tell(error.message, true);

@@ -33,7 +33,7 @@ def test_a_copy_in_another_size_and_format_is_a_near_duplicate_and_other_picture
     for name, colour in (("red", "red"), ("blue", "blue")):
         Image.new("RGB", (64, 64), colour).save(folder / f"{name}.png")
     (message,) = messages(folder)
-    assert message.startswith("1 pairs") and "1_x/3.png ~ 1_x/copy.jpg" in message
+    assert message.startswith("Nearly the same (1): ") and "1_x/3.png ~ 1_x/copy.jpg" in message
 
 
 def test_damage_transparency_and_turned_pictures_are_told_with_their_fix(folder):
