@@ -51,6 +51,7 @@ def test_older_names_are_converted_and_said():
         ("xformers", True, "xformers"),
         ("xformers", False, "none"),
         ("xformers", "", "none"),
+        ("bucket_reso_steps", 1, 8),
         ("lr_scheduler", "Cosine", "cosine"),
         ("optimizer", "adamw8bit", "AdamW8bit"),
     ],

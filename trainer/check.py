@@ -325,10 +325,9 @@ def _places(config: Config, pictures: tuple[Picture, ...]) -> tuple[list[Size] |
             problem_with("bucket_reso_steps", f"{data.bucket_step} is not a multiple of 8, as the VAE needs. Use 64.")
         ]
     if not data.buckets and any(side % 8 for side in data.resolution):
-        given = f"{data.resolution[0]},{data.resolution[1]}"
-        return None, [
-            problem_with("max_resolution", f'"{given}": both sides must be multiples of 8, as the VAE needs.')
-        ]
+        width, height = data.resolution
+        wanted = f"both sides must be multiples of 8, as the VAE needs. Use {width - width % 8},{height - height % 8}"
+        return None, [problem_with("max_resolution", f'"{width},{height}": {wanted}.')]
     try:
         buckets = Buckets(data)
     except DataError as error:

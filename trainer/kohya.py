@@ -35,6 +35,7 @@ OLDER_VALUES: dict[str, dict[Any, Any]] = {
     "mixed_precision": {"fp32": "no", "float": "no"},
     "log_with": {True: "wandb", False: "", "True": "wandb", "False": "", "true": "wandb", "false": "", "0": ""},
     "dynamo_backend": {"": "no", "eager": "no", "aot_eager": "no"},
+    "bucket_reso_steps": {1: 8, "1": 8},  # the VAE takes no smaller ones
     "optimizer": {"AdamW 8bit": "AdamW8bit", "AdaFactor": "Adafactor"},
 }
 
@@ -100,7 +101,7 @@ def read(flat: Mapping[str, Any]) -> Preset:
             notes.append(Note("converted", key, f"is now called {known}"))
         newer = _newer_value(known, value)
         if newer is not value:
-            notes.append(Note("converted", key, f"{value!r} is now called {newer!r}"))
+            notes.append(Note("converted", key, f"{value!r} is read as {newer!r}"))
         values[known] = newer
     if flat.get("use_8bit_adam") in (True, "true", "True") and "optimizer" not in flat:
         values["optimizer"] = "AdamW8bit"
@@ -131,7 +132,7 @@ def overridden(preset: Preset, words: Sequence[str]) -> Preset:
 def _newer_value(key: str, value: Any) -> Any:
     table = OLDER_VALUES.get(key, {})
     spelled = value.strip() if isinstance(value, str) else value
-    if isinstance(spelled, (str, bool)) and spelled in table:
+    if isinstance(spelled, (str, bool, int)) and spelled in table:
         return table[spelled]
     choices = PARAMETERS[key].choices
     if isinstance(spelled, str) and spelled not in choices:

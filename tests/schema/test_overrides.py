@@ -45,6 +45,18 @@ def test_values_with_blanks_quotes_and_dashes_are_read():
     assert config.objective.adaptive_noise_scale == -0.5
 
 
+def test_words_as_sd_scripts_takes_them_are_read():
+    config = additional(
+        '--lr_scheduler_args "min_lr_rate=0.1" --optimizer_args "weight_decay=0.1" "betas=0.9, 0.99" --seed 7',
+        lr_scheduler="cosine_with_min_lr",
+    )
+    assert config.optim.arguments == {"weight_decay": 0.1, "betas": (0.9, 0.99)}
+    assert config.optim.scheduler_arguments == {"min_lr_rate": 0.1}
+    assert config.training.seed == 7
+    assert additional("--network_train_unet_only", unet_lr=1e-4).optim.text_encoder_lr == 0
+    assert additional("--network_train_text_encoder_only --seed 7").optim.unet_lr == 0
+
+
 @pytest.mark.parametrize("key", [k for k, p in PARAMETERS.items() if p.kind in ("integer", "number")])
 def test_every_number_of_the_schema_can_be_set(key):
     p = PARAMETERS[key]

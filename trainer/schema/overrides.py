@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from trainer.errors import ConfigError, Problem
@@ -13,6 +14,11 @@ from trainer.schema.declare import Parameter
 KEY = "additional_parameters"
 SECRET = ("wandb_api_key", "huggingface_token")
 """Keys whose values are written nowhere, so they must not hide in a text that is."""
+
+SD_SCRIPTS = {"network_train_unet_only": ("text_encoder_lr", "0"), "network_train_text_encoder_only": ("unet_lr", "0")}
+"""Switches of sd-scripts for what a parameter says here."""
+PAIRS = ("optimizer_args", "lr_scheduler_args")
+"""Keys whose value may be several words, as sd-scripts takes them: name=value name=value …"""
 
 
 def overrides(words: Sequence[str], parameters: Mapping[str, Parameter]) -> tuple[dict[str, str], list[str]]:
@@ -29,6 +35,13 @@ def overrides(words: Sequence[str], parameters: Mapping[str, Parameter]) -> tupl
         has_value = bool(equals)
         if not equals and left and not left[0].startswith("--"):
             value, has_value = left.pop(0), True
+        if name in PAIRS:
+            further = list(takewhile(lambda word: not word.startswith("--"), left))
+            del left[: len(further)]
+            value = " ".join([value, *map(shlex.quote, further)])
+        if name in SD_SCRIPTS and not has_value:
+            name, value = SD_SCRIPTS[name]
+            has_value = True
         if not word.startswith("--"):
             wrong.append(f'"{word}" does not belong to a parameter; write --name value, with quotes around blanks.')
         elif name not in parameters:
