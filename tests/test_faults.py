@@ -223,6 +223,12 @@ def test_a_signal_that_ends_the_machine_is_safe_at_any_moment(settings, train, t
 
 def test_the_same_command_again_goes_on_where_the_machine_was_taken_away_and_ends_the_same(settings, train, tmp_path):
     settings |= {"max_train_steps": 40, "resume": "auto"}
+    # What the check tries these on must leave a process that can still import the base model's classes.
+    settings |= {
+        "optimizer_args": "weight_decay=0.02",
+        "lr_scheduler": "polynomial",
+        "lr_scheduler_args": "lr_end=1e-6",
+    }
     train(settings | {"output_dir": str(tmp_path / "in one go"), "resume": ""})
     preset = tmp_path / "preset.json"
     preset.write_text(json.dumps(settings))

@@ -35,11 +35,24 @@ def save_lora(path: Path, network: Network, precision: str, metadata: Mapping[st
 
     Raises TrainingError when a weight is not a number (nothing is written then) or the disk is full.
     """
-    dtype = DTYPES[precision]
-    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in network.tensors().items()}
+    tensors = as_stored(network.tensors(), DTYPES[precision])
     sound(tensors, path.name)
     data = save(tensors, {**metadata, **hashes(tensors, metadata)})
     on_disk(path, lambda path: write_whole(path, data))
+
+
+def as_stored(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors in a file's number format, in main memory.
+
+    An alpha that this cannot say stays in float32: LoKr's of whole matrices is the rank, often 100,000, and fp16 ends
+    at 65,504.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        cast = tensor.to("cpu", dtype)
+        keeps = name.endswith(".alpha") and not torch.equal(cast.float(), tensor.cpu().float())
+        found[name] = (tensor.cpu().float() if keeps else cast).contiguous()
+    return found
 
 
 def sound(tensors: Mapping[str, torch.Tensor], name: str) -> None:

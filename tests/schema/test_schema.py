@@ -96,8 +96,9 @@ def test_a_plain_lora_imports_no_library_of_other_types_or_optimizers():
     assert answer.stdout.strip() == "[]", answer.stderr
 
 
-def test_a_start_imports_the_models_that_are_trained_and_later_all_others_are_to_be_had():
-    code = (
+@pytest.mark.parametrize("before", ["", "import diffusers.optimization; "])
+def test_a_start_imports_the_models_that_are_trained_and_later_all_others_are_to_be_had(before):
+    code = before + (
         "import trainer.loop, trainer.models.sd as sd, sys\n"
         "others = {'bitsandbytes', 'torch._inductor.compile_fx', 'diffusers.models.transformers.transformer_flux'}\n"
         "print(sorted(others & set(sys.modules)))\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import DTYPES, hashes
+from trainer.checkpoint import DTYPES, as_stored, hashes
 from trainer.errors import LorawrightError
 from trainer.events import Verified
 from trainer.lora.programs import loading, of_usual_size, strangers
@@ -193,13 +193,12 @@ def _is_nothing(roles: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _as_trained(file: LoraFile, expected: Expected) -> str:
-    dtype = DTYPES[expected.precision]
-    if wrong := [name for name, tensor in file.tensors.items() if tensor.dtype != dtype]:
-        return f"{wrong[0]} is {file.tensors[wrong[0]].dtype}, not {dtype} as was asked for."
     if odd := sorted(set(file.tensors) ^ set(expected.tensors)):
         return f"{len(odd)} tensors were trained and are not in the file, or the reverse (the first: {odd[0]})."
-    for name, trained in expected.tensors.items():
-        if not torch.equal(file.tensors[name], trained.to("cpu", dtype)):
+    for name, trained in as_stored(expected.tensors, DTYPES[expected.precision]).items():
+        if file.tensors[name].dtype != trained.dtype:
+            return f"{name} is {file.tensors[name].dtype}, not {trained.dtype} as was asked for."
+        if not torch.equal(file.tensors[name], trained):
             return f"{name} is not what was trained: the disk or its connection alters what is written."
     found = file.about.family
     if found and expected.family and found != expected.family:

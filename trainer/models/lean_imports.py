@@ -42,6 +42,8 @@ def _only_what_is_named() -> Iterator[None]:
     missing = {"bitsandbytes", *PACKAGES} - set(sys.modules)
     if "bitsandbytes" in missing:
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  Python's sign for what cannot be imported
+        if asked := sys.modules.get("diffusers.utils.import_utils"):  # what it found then it believes for good
+            vars(asked)["_bitsandbytes_available"] = False
     sys.meta_path.insert(0, _WithoutContent)
     try:
         yield
