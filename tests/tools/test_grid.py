@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from tests.tools.loras import run
 from trainer.errors import ConfigError
 from trainer.tools import contact
 from trainer.tools.commands import TOOLS
@@ -51,6 +53,42 @@ def test_the_pictures_are_those_of_the_training_and_without_strength_those_of_th
     assert "2 pictures were drawn; 2 of 4" in report.lines[0]
     left = {path.name for path in (tmp_path / "grid").glob("*.png")} - {"sheet.png"}
     assert left == contact.names(contact.read(tmp_path / "grid")) and len(left) == 4
+
+
+def test_a_dora_is_drawn_as_it_would_be_merged(settings, train, tmp_path, capsys):
+    from trainer.lora.inspecting import inspect
+    from trainer.models import load
+    from trainer.tools.grid import network_of
+
+    asked = {"LoRA_type": "LyCORIS/LoCon", "dora_wd": True, "max_train_steps": 2, "unet_lr": 0.1, "text_encoder_lr": 0}
+    assert train(settings | asked)[0] == 0
+    lora, merged = tmp_path / "out" / "photo.safetensors", tmp_path / "merged.safetensors"
+    model = settings["pretrained_model_name_or_path"]
+    assert run(capsys, "merge", model, lora, "--strengths", "0.3", "--output", merged)[0] == 0
+    cpu = torch.device("cpu")
+    base, whole = (load(str(path), "", torch.float32, cpu, 1, 75) for path in (model, merged))
+    latents, timesteps = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    text = base.text_states(base.tokens(["a cat"]))
+    network = network_of(inspect(lora), base)
+    with torch.no_grad():
+        before = base.predict(latents, timesteps, text)
+        network.attach()
+        with network.strength(0.3), network.without_dropout():
+            drawn = base.predict(latents, timesteps, text)
+        wanted = whole.predict(latents, timesteps, text)
+    assert (wanted - before).norm() > 1e-3 * before.norm()
+    assert (drawn - wanted).norm() < 1e-2 * (wanted - before).norm()
+
+
+def test_what_is_no_grid_of_ours_is_kept_aside(trained, tmp_path):
+    run_folder, files = trained
+    folder = tmp_path / "grid"
+    folder.mkdir()
+    (folder / "sheet.png").write_bytes(b"mine")
+    (folder / "grid.json").write_text("not JSON")
+    draw(folder, files[1:], at="0", settings=run_folder)
+    assert [path.read_bytes() for path in folder.glob("sheet-of-*.png")] == [b"mine"]
+    assert [path.read_text() for path in folder.glob("grid-of-*.json")] == ["not JSON"]
 
 
 def test_a_file_alone_with_its_base_model_is_drawn_as_it_says_of_itself(trained, settings, tmp_path):

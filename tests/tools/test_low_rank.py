@@ -164,7 +164,7 @@ def test_the_difference_of_two_checkpoints_is_extracted(pair, tiny_model, tmp_pa
     for name in LAYERS:
         np.testing.assert_allclose(delta(out, name), delta(pair[0], name), rtol=1e-3, atol=1e-3)
     said = metadata(out)
-    assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("4", "4.0") and "sshs_model_hash" in said
+    assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("4", "4") and "sshs_model_hash" in said
     make(capsys, "extract", tiny_model, tuned, "--rank", 2, "--no-text_encoder", "--output", out)
     assert {key.split(".")[0] for key in load_file(out)} == {TO_Q, PROJ_IN}
     np.testing.assert_allclose(delta(out, TO_Q), best(delta(pair[0], TO_Q), 2), rtol=1e-3, atol=1e-3)
@@ -184,6 +184,35 @@ def test_a_text_encoder_that_hardly_differs_is_left_out_and_told(tiny_model, tmp
 def test_checkpoints_that_do_not_differ_are_refused(tiny_model, tmp_path, capsys):
     code, said = run(capsys, "extract", tiny_model, tiny_model, "--output", tmp_path / "o.safetensors")
     assert code == 1 and "do not differ" in said
+
+
+def test_biases_that_a_rank_cannot_hold_are_told_where_the_layer_has_a_matrix_too(tmp_path, capsys):
+    path = tmp_path / "native.safetensors"
+    save_file({f"{TO_Q}.diff": torch.randn(32, 32), f"{TO_Q}.diff_b": torch.ones(32)}, path)
+    for words in (("resize", path), ("merge-loras", path, path)):
+        said = make(capsys, *words, "--rank", 2, "--output", tmp_path / "o.safetensors")
+        assert "biases and norms were left out" in said and TO_Q in said
+
+
+@pytest.mark.parametrize("words", [("resize",), ("merge-loras",), ("merge-loras", "--rank", 2)])
+def test_a_lora_with_what_is_no_number_is_refused_naming_file_and_layer(words, tmp_path, capsys):
+    path = loras.write(tmp_path / "broken.safetensors")
+    tensors = load_file(path)
+    tensors[f"{CONV}.lora_up.weight"][0] = torch.nan
+    save_file(tensors, path)
+    code, said = run(capsys, words[0], path, *words[1:], "--output", tmp_path / "o.safetensors")
+    assert code == 1 and "broken.safetensors" in said and CONV in said and "not numbers" in said
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+def test_a_resized_dora_still_says_so_and_what_was_the_hash_of_other_tensors_goes(tmp_path, capsys):
+    path, out = tmp_path / "dora.safetensors", tmp_path / "o.safetensors"
+    loras.write(path)
+    said = {"ss_network_args": json.dumps({"dora_wd": "True", "conv_dim": "4"}), "modelspec.hash_sha256": "0x1"}
+    save_file({**load_file(path), f"{TO_Q}.dora_scale": torch.ones(32, 1)}, path, said)
+    make(capsys, "resize", path, "--rank", 2, "--output", out)
+    assert json.loads(metadata(out)["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "1", "dora_wd": "True"}
+    assert "modelspec.hash_sha256" not in metadata(out)
 
 
 def test_a_share_that_the_method_cannot_keep_is_named(pair, tmp_path, capsys):

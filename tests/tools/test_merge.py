@@ -127,6 +127,29 @@ def test_a_diffusers_folder_becomes_a_folder_with_the_same_weights_as_the_file(t
     torch.testing.assert_close(of_unet["down_blocks.0.resnets.0.conv1.weight"], whole[LAYERS[CONV][0]])
     torch.testing.assert_close(of_unet["down_blocks.0.attentions.0.proj_in.weight"], whole[LAYERS[PROJ_IN][0]])
     torch.testing.assert_close(of_text["encoder.layers.1.mlp.fc1.weight"], whole[LAYERS[TEXT][0]])
+    for place, told in (
+        (tmp_path, "holds an input"),
+        (folder / "merged", "lies in one"),
+        (tmp_path / "out.safetensors", "would be a folder"),
+        (folder.parent / "other", "is there already"),
+    ):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        before = sorted(tmp_path.rglob("*"))
+        code, said = run(capsys, "merge", folder, path, "--output", place)
+        assert (code, told in said) == (2, True), said
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_several_loras_have_one_sum_whatever_their_order(tiny_model, tmp_path, capsys):
+    """DoRA's and iA3's updates follow from the weight: from the base model's, not from what was added to it."""
+    dora, plain = tmp_path / "dora.safetensors", loras.write(tmp_path / "plain.safetensors")
+    tensors = load_file(loras.write(dora, seed=1))
+    save_file({**tensors, f"{TO_Q}.dora_scale": torch.rand(32, 1) + 1}, dora)
+    results = []
+    for order in ((dora, plain), (plain, dora)):
+        merged(capsys, tiny_model, *order, "--output", tmp_path / "out.safetensors")
+        results.append(load_file(tmp_path / "out.safetensors")[LAYERS[TO_Q][0]])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_types_whose_update_depends_on_the_weight_and_changes_of_biases(tiny_model, tmp_path, capsys):
@@ -172,7 +195,7 @@ def test_a_layer_that_openclip_holds_as_a_third_of_a_tensor_changes_that_third_a
     whole = torch.zeros(9, 4)
     place = Place(Path("x"), "in_proj_weight", "weight", third)
     roles = {"lora_up.weight": torch.ones(3, 1), "lora_down.weight": torch.ones(1, 4), "alpha": torch.tensor(1.0)}
-    change(place.of(whole), "weight", roles, 2.0, "q")
+    change(place.of(whole), "weight", roles, 2.0, "q", place.of(whole))
     rows = whole.view(3, 3, 4).sum((1, 2))
     assert rows.tolist() == [24.0 if i == third else 0.0 for i in range(3)]
 
@@ -195,7 +218,7 @@ def test_a_weight_that_fp16_cannot_hold_stops_the_merge_and_leaves_nothing(tiny_
     code, said = run(
         capsys, "merge", tiny_model, path, "--strengths", "90000", "--output", tmp_path / "o", "--precision", "fp16"
     )
-    assert code == 1 and "Lower the strength" in said
+    assert code == 1 and "Choose bf16 or float" in said
     assert set(tmp_path.iterdir()) == before
 
 

@@ -91,7 +91,9 @@ def _for_diffusers(file: LoraFile) -> tuple[dict[str, torch.Tensor], dict[str, s
         for part, layers in sizes.items()
         for key, value in _settings(layers, part in has_dora).items()
     }
-    kept = {key: text for key, text in file.metadata.items() if not key.startswith("sshs_")}
+    kept = {
+        key: text for key, text in file.metadata.items() if not key.startswith("sshs_") and "hash_sha256" not in key
+    }
     return tensors, kept | {"format": "pt", ADAPTER: json.dumps(settings, indent=2, sort_keys=True)}
 
 

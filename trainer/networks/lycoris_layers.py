@@ -17,14 +17,11 @@ import torch
 from trainer.schema.network import Network as Settings
 
 
-def decomposed(weight: torch.Tensor, lengths: torch.Tensor, multiplier: float = 1.0) -> torch.Tensor:
-    """DoRA (Liu et al. 2024, eq. 5): each row of W (or column, where `lengths` is [1, in, …]) with a length of its own.
-
-    At other multipliers the lengths are that part of the way from those that W has to their own.
-    """
+def decomposed(weight: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """DoRA (Liu et al. 2024, eq. 5): each row of W (or column, where `lengths` is [1, in, …]) with a length of its own."""
     others = [i for i in range(weight.ndim) if lengths.shape[i] == 1]
     norm = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
-    return weight * (1 + multiplier * (lengths / (norm + torch.finfo(weight.dtype).eps) - 1))
+    return weight * (lengths / (norm + torch.finfo(weight.dtype).eps))
 
 
 class Trained:
@@ -69,9 +66,8 @@ class Trained:
         delta = self.dropped(self.update())
         if self.wd:
             frozen = self.org_weight.float()
-            delta = decomposed(frozen + delta, self.dora_scale, self.multiplier) - frozen
-        else:
-            delta = delta * self.multiplier
+            delta = decomposed(frozen + delta, self.dora_scale) - frozen
+        delta = delta * self.multiplier
         return output + self.answer(x, delta.to(x.dtype), self.bias_change(x.dtype))
 
     def answer(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -220,7 +220,8 @@ class Grid(Group):
     )
     output: str = option(
         "output", "", "Output", kind="file",
-        help="The folder to draw into. Drawn again, it gets only the pictures that it lacks.",
+        help="The folder to draw into. Drawn again, it gets only the pictures that it lacks; those of another "
+        "grid in it go.",
     )  # fmt: skip
     settings: str = option(
         "settings",

@@ -17,11 +17,12 @@ INDEX = "grid.json"
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What the pictures in a folder show; None where there are none."""
+    """What the pictures in a folder show; None where there are none, or the file of that name is another's."""
     try:
-        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        found = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
+    return found if isinstance(found, dict) and {"rows", "at", "pictures"} <= set(found) else None
 
 
 def write(folder: Path, index: Mapping[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 
 from trainer.errors import ModelError
@@ -11,7 +9,7 @@ from trainer.lora.names import Layer, kohya
 from trainer.tools import Report, Tell
 from trainer.tools.base import Base, open_base
 from trainer.tools.commands import Extract
-from trainer.tools.lora_file import ALPHA, DOWN, UP, Roles, precision_of, save_layers, spec, written
+from trainer.tools.lora_file import ALPHA, DOWN, UP, Roles, precision_of, ranks_told, save_layers, spec, written
 from trainer.tools.low_rank import as_layers, decompose, factors, kept_norm
 
 ATTENTION = (".attentions.", ".self_attn.", ".mlp.")
@@ -64,18 +62,16 @@ def run(options: Extract, tell: Tell) -> Report:
         if len(layers) < len(places):
             notes.append(f"{len(places) - len(layers)} layers are the same in both and were left out.")
         stored = [info for file in tuned.files.values() for info in file.header.tensors.values()]
-        conv = {"conv_dim": str(options.conv_rank), "conv_alpha": str(float(options.conv_rank or 0))}
         metadata = {
             **original.family.entries(tuned.prediction),
             "ss_network_module": "networks.lora",
-            "ss_network_dim": str(options.rank),
-            "ss_network_alpha": str(float(options.rank)),
-            "ss_network_args": json.dumps(conv if options.conv_rank else {}),
+            "ss_network_args": "{}",
+            **ranks_told(layers),
             **spec(original.family, tuned.prediction, out.stem, [], is_lora=True),
         }
         told_of_file = save_layers(out, layers, precision_of(options.precision, stored), metadata)
     return Report(
-        [f"{len(layers)} layers of rank {options.rank}.", told_of_file],
+        [f"{len(layers)} layers, of rank {options.rank} where their size allows it.", told_of_file],
         path=str(out),
         columns=("Layer", "Rank", "Norm kept", "Largest difference"),
         rows=rows,
@@ -101,4 +97,8 @@ def _difference(original: Base, tuned: Base, place: Layer) -> torch.Tensor:
     if before is None or after is None or before.numel() != after.numel():
         sizes = " and ".join("missing" if one is None else str(list(one.shape)) for one in (before, after))
         raise ModelError(f"{place} is {sizes} in the two checkpoints.", "Choose two checkpoints of one family.")
-    return after.float() - before.float().reshape(after.shape)
+    difference = after.float() - before.float().reshape(after.shape)
+    if not torch.isfinite(difference).all():
+        broken = tuned if torch.isfinite(before.float()).all() else original
+        raise ModelError(f'"{broken.path}" has values that are not numbers in {place}.', "Choose another checkpoint.")
+    return difference

@@ -21,12 +21,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from trainer import kohya, networks, sampling
+from trainer.checkpoint import set_aside
 from trainer.data import texts
-from trainer.errors import ConfigError, Problem
+from trainer.errors import ConfigError, ModelError, Problem
 from trainer.events import Event, Phase, Warned
 from trainer.lora.inspecting import Inspected, inspect
 from trainer.lora.reading import read
 from trainer.models import families
+from trainer.models.facts import FAMILIES, Family
 from trainer.networks import Network, blocks
 from trainer.paths import resolve
 from trainer.pictures import parameters, seed_and_size
@@ -88,6 +90,8 @@ def run(options: Grid, tell: Tell) -> Report:
     torch.set_num_threads(config.training.threads)
     accelerator, precision = accelerator_of(config, emit)
     model = base_model(config, precision, accelerator.device, emit, lambda: None)
+    for file in files:
+        _require_fit(file, model.family, config)
     for part in (model.vae, *model.text_encoders.values()):
         part.to(accelerator.device)
     prompt_texts = None
@@ -128,6 +132,15 @@ def run(options: Grid, tell: Tell) -> Report:
     )
 
 
+def _require_fit(file: Inspected, family: Family, config: Config) -> None:
+    found = file.about.family
+    if found and found != family.name:
+        raise ModelError(
+            f'"{file.about.path}" is a LoRA for {FAMILIES[found].title}; "{config.model.path}" is {family.what}.',
+            "Choose a Checkpoint of the LoRA's family.",
+        )
+
+
 def network_of(file: Inspected, model: Any) -> Network:
     """A LoRA file's network on the model, not attached yet. Raises ModelError where they do not fit."""
     tensors = read(file.about.path).tensors
@@ -145,7 +158,10 @@ def _settings(options: Grid, first: Inspected) -> tuple[Config, list[Prompt]]:
     """Model, precision, size and sampler: of the run or preset given, else as the first file says of itself."""
     if options.settings.strip():
         path = resolve(options.settings)
-        preset = kohya.load(path / "config.json" if path.is_dir() else path)
+        try:
+            preset = kohya.load(path / "config.json" if path.is_dir() else path)
+        except ConfigError as error:
+            raise ConfigError([Problem("settings", "Settings", p.message) for p in error.problems]) from error
         config, wrong = config_of(preset.values)
         if wrong:
             raise ConfigError([Problem("settings", "Settings", "; ".join(str(problem) for problem in wrong))])
@@ -178,6 +194,9 @@ def _folder(text: str) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ConfigError([Problem("output", "Output", f'"{text}" is a file; name a folder')])
     folder.mkdir(parents=True, exist_ok=True)
+    if contact.read(folder) is None:  # whatever has these names is not of a grid
+        for name in (contact.INDEX, SHEET):
+            set_aside(folder / name)
     return folder
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from trainer.checkpoint import DTYPES, hashes
 from trainer.errors import ConfigError, ModelError, Problem
-from trainer.lora.reading import LoraFile
+from trainer.lora.reading import LoraFile, read
 from trainer.lora.recognise import CONVOLUTION
 from trainer.models.facts import FAMILIES, Family
 from trainer.models.families import header_of
@@ -42,9 +42,41 @@ def written(text: str, inputs: Iterable[Path], suffix: str = ".safetensors") -> 
         problem = f'"{text}" is a folder; name a file in it'
     elif any(path.resolve() == one.resolve() for one in inputs):
         problem = f'"{text}" is one of the inputs; choose another name'
+    elif not suffix and path.suffix == ".safetensors":
+        problem = f'"{text}" would be a folder, as the checkpoint is one; choose a name without .safetensors'
+    elif not suffix and any(
+        {path.resolve(), one.resolve()} & {*path.resolve().parents, *one.resolve().parents} for one in inputs
+    ):
+        problem = f'"{text}" holds an input, or lies in one; name a new folder'
+    elif not suffix and path.exists() and not (path / "model_index.json").is_file():
+        problem = f'"{text}" is there already, and is no diffusers model; name a new folder in it or beside it'
     if problem:
         raise ConfigError([Problem("output", "Output", problem)])
     return path
+
+
+def whole(path: Path) -> LoraFile:
+    """A LoRA file, read. Raises ModelError where a value in it is not a number."""
+    file = read(path)
+    for name, tensor in file.tensors.items():
+        if not torch.isfinite(tensor.float()).all():
+            raise ModelError(f'"{path}" has values that are not numbers in {name}.', "Choose a file from before that.")
+    return file
+
+
+def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata without what was worked out from tensors that are others now."""
+    stale = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+    return {key: text for key, text in metadata.items() if key not in stale}
+
+
+def read_arguments(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What `ss_network_args` says; nothing where it cannot be read."""
+    try:
+        found = json.loads(metadata.get("ss_network_args", "{}"))
+    except json.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def plain(roles: Roles) -> bool:
@@ -71,6 +103,11 @@ def factors(roles: Roles) -> tuple[torch.Tensor, torch.Tensor, float]:
 def has_matrix(roles: Roles) -> bool:
     """Whether a layer changes a weight that is a matrix or convolution, which up and down can hold."""
     return not {"w_norm", "b_norm"} & set(roles) and set(roles) - {"diff_b", ALPHA} != set()
+
+
+def biases_of(name: str, roles: Roles) -> str:
+    """The name of what a layer changes and up and down cannot hold: a bias or norm; empty where there is none."""
+    return "" if has_matrix(roles) and "diff_b" not in roles else name
 
 
 def biases_left_out(names: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from trainer.errors import ModelError
 from trainer.lora.names import Layer, layer
-from trainer.lora.reading import LoraFile, read
+from trainer.lora.reading import LoraFile
 from trainer.lora.recognise import by_layer
 from trainer.models.facts import FAMILIES
 from trainer.models.weights import DTYPES
@@ -18,7 +18,7 @@ from trainer.networks import bias_update, weight_update
 from trainer.tools import Report, Tell
 from trainer.tools.base import Base, open_base
 from trainer.tools.commands import Merge
-from trainer.tools.lora_file import Roles, precision_of, spec, written
+from trainer.tools.lora_file import Roles, precision_of, spec, whole, without_hashes, written
 from trainer.tools.stream import cast, finish, write
 
 Updates = Mapping[Layer, list[tuple[Roles, float]]]
@@ -28,7 +28,7 @@ def run(options: Merge, tell: Tell) -> Report:
     """Merge. Raises ModelError where a LoRA does not fit the base model."""
     pairs = options.pairs()
     tell("reading the LoRAs", 0, 0)
-    files = [(read(path), strength) for path, strength in pairs]
+    files = [(whole(path), strength) for path, strength in pairs]
     with open_base(options.model) as base:
         out = written(
             options.output, [base.path, *(path for path, _ in pairs)], "" if base.is_folder else ".safetensors"
@@ -123,18 +123,21 @@ def _write(
     def make(name: str) -> torch.Tensor:
         tensor = file.get_tensor(name)
         for place, part in held.get((source, name), ()):
-            for roles, strength in updates.get(place, ()):
-                tensor = tensor.float()
-                change(part.of(tensor), part.kind, roles, strength, str(place))
+            terms = updates.get(place, ())
+            tensor = tensor.float() if terms else tensor
+            # Some types' updates follow from the weight: each from that of the base model, whatever was added to it.
+            before = part.of(tensor).clone() if len(terms) > 1 else part.of(tensor)
+            for roles, strength in terms:
+                change(part.of(tensor), part.kind, roles, strength, str(place), before)
         counted()
         return cast(tensor, dtype_of(name), name)
 
     tensors = {name: (dtype_of(name), info.shape) for name, info in file.header.tensors.items()}
-    write(to, tensors, make, {**file.header.metadata, **({} if base.is_folder else spec)})
+    write(to, tensors, make, {**without_hashes(file.header.metadata), **({} if base.is_folder else spec)})
 
 
-def change(values: torch.Tensor, kind: str, roles: Roles, strength: float, name: str) -> None:
-    """Add a LoRA layer's update to a weight or bias, in place. Raises ModelError where the shapes differ."""
+def change(values: torch.Tensor, kind: str, roles: Roles, strength: float, name: str, before: torch.Tensor) -> None:
+    """Add a LoRA layer's update of the weight or bias `before`, in place. Raises ModelError where the shapes differ."""
     if kind == "bias":
         update = bias_update(roles)
         if update is None:
@@ -143,7 +146,7 @@ def change(values: torch.Tensor, kind: str, roles: Roles, strength: float, name:
         return
     else:
         try:
-            update = weight_update(roles, values)
+            update = weight_update(roles, before)
         except RuntimeError as error:
             raise _misfit(values, roles, name) from error
     if update.numel() != values.numel():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from trainer.errors import ModelError
-from trainer.lora.reading import read
 from trainer.lora.recognise import by_layer
 from trainer.models.facts import Family
 from trainer.networks import weight_update
@@ -17,6 +16,7 @@ from trainer.tools.lora_file import (
     UP,
     Roles,
     biases_left_out,
+    biases_of,
     factors,
     family_of,
     has_matrix,
@@ -27,6 +27,7 @@ from trainer.tools.lora_file import (
     save_layers,
     spec,
     weight_shape,
+    whole,
     written,
 )
 from trainer.tools.low_rank import as_layers, decompose, decompose_product
@@ -40,7 +41,7 @@ def run(options: MergeLoras, tell: Tell) -> Report:
     pairs = options.pairs()
     out = written(options.output, [path for path, _ in pairs])
     tell("reading the LoRAs", 0, 0)
-    files = [read(path) for path, _ in pairs]
+    files = [whole(path) for path, _ in pairs]
     family, prediction = family_of(files)
     terms: dict[str, Terms] = {}
     left_out: list[str] = []
@@ -55,8 +56,8 @@ def run(options: MergeLoras, tell: Tell) -> Report:
                 )
             if has_matrix(roles):
                 terms.setdefault(name, []).append((roles, strength))
-            else:
-                left_out.append(name)
+            if lost := biases_of(name, roles):
+                left_out.append(lost)
     layers: dict[str, Roles] = {}
     for i, (name, of_layer) in enumerate(terms.items(), 1):
         tell("merging", i, len(terms))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+
 import torch
 
 from trainer.errors import ModelError
-from trainer.lora.reading import read
 from trainer.lora.recognise import by_layer
 from trainer.networks import weight_update
 from trainer.paths import resolve
@@ -18,14 +20,18 @@ from trainer.tools.lora_file import (
     UP,
     Roles,
     biases_left_out,
+    biases_of,
     factors,
     family_of,
     has_matrix,
     precision_of,
     ranks_told,
+    read_arguments,
     require_absolute,
     save_layers,
     weight_shape,
+    whole,
+    without_hashes,
     written,
 )
 from trainer.tools.low_rank import as_layers, decompose, decompose_product, kept_norm, kept_rank
@@ -38,15 +44,16 @@ def run(options: Resize, tell: Tell) -> Report:
     source = resolve(options.lora)
     out = written(options.output, [source])
     tell("reading the LoRA", 0, 0)
-    file = read(source)
+    file = whole(source)
     family, _ = family_of([file])
     layers: dict[str, Roles] = {}
     rows, shares, left_out = [], [], []
     found = by_layer(file.tensors)
     for i, (name, roles) in enumerate(found.items(), 1):
         tell("resizing", i, len(found))
+        if lost := biases_of(name, roles):
+            left_out.append(lost)
         if not has_matrix(roles):
-            left_out.append(name)
             continue
         is_lora = {UP, DOWN} <= set(roles)
         if not is_lora:
@@ -69,16 +76,14 @@ def run(options: Resize, tell: Tell) -> Report:
         rows.append((name, f"{old}", f"{rank}", f"{shares[-1]:.1%}"))
     if not layers:
         raise ModelError(f'"{source}" has no layer that could be resized.', "Choose a LoRA.")
-    metadata = {
-        key: value for key, value in file.metadata.items() if key not in ("sshs_model_hash", "sshs_legacy_hash")
-    }
+    metadata = without_hashes(file.metadata)
     olds = [len(roles[DOWN]) for roles in found.values() if DOWN in roles]
     how = f"to {options.rank}" if options.method == "fixed" else f"by {options.method} {kept:g}"
     comment = metadata.get("ss_training_comment", "")
     metadata |= {
         "ss_training_comment": f"resized from rank {max(olds, default=0) or '(another type)'} {how}; {comment}",
         "ss_network_module": "networks.lora",
-        **_told(options, layers),
+        **_told(options, layers, metadata),
     }
     dtype = precision_of(options.precision, file.about.tensors.values())
     told_of_file = save_layers(out, layers, dtype, metadata)
@@ -97,7 +102,9 @@ def run(options: Resize, tell: Tell) -> Report:
     )
 
 
-def _told(options: Resize, layers: dict[str, Roles]) -> dict[str, str]:
-    """Rank and alpha for the metadata, Dynamic wherever the method may choose another for each layer."""
+def _told(options: Resize, layers: dict[str, Roles], before: Mapping[str, str]) -> dict[str, str]:
+    """Rank, alpha and whether it is DoRA, for the metadata, Dynamic wherever the method may choose another for each layer."""
     told = ranks_told(layers)
+    arguments = read_arguments(told) | {key: text for key, text in read_arguments(before).items() if key == "dora_wd"}
+    told |= {"ss_network_args": json.dumps(arguments)} if arguments else {}
     return told if options.method == "fixed" else {**told, "ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}

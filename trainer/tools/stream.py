@@ -75,6 +75,6 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         raise TrainingError(
             "not_a_number",
             f"{name} has values that are not numbers in {str(dtype).removeprefix('torch.')}.",
-            "Lower the strength, or choose bf16 or float as the precision.",
+            "Choose bf16 or float as Precision, which hold larger numbers; in float they come from an input that is broken.",
         )
     return made
