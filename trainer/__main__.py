@@ -14,6 +14,8 @@ from trainer.errors import ConfigError
 from trainer.run import EXIT_CONFIG, EXIT_DONE
 from trainer.tools import commands as tools
 
+FIRST_STEPS = Path(__file__).parents[1] / "presets" / "first-steps.json"
+
 # Large tensors in large pages, of which Linux hands out 512 times fewer. PyTorch asks for this at its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -45,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     doctor.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of all runs (default: runs)")
     doctor.add_argument("--events", type=Path, help="append what is found to this file, as JSON lines")
     bench = commands.add_parser("bench", help="measure how fast a preset trains here, and where the time goes")
-    bench.add_argument("preset", type=Path, nargs="?", default=Path("presets/first-steps.json"))
+    bench.add_argument("preset", type=Path, nargs="?", default=FIRST_STEPS, help="default: first-steps")
     bench.add_argument("--steps", type=int, default=20, help="how many steps are measured (default: 20)")
     bench.add_argument("--json", action="store_true", help="answer in JSON")
     commands.add_parser("parameters", help="print the table of all parameters")

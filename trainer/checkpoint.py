@@ -94,7 +94,7 @@ def on_disk(path: Path, write: Callable[[Path], T]) -> T:
         raise TrainingError(
             "disk_full",
             f'There is no room on the disk for "{path}".',
-            "Free some space or choose another Output folder (output_dir).",
+            "Free some space, or choose another place to write to: for a training, Output folder (output_dir).",
         ) from error
 
 

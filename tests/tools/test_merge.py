@@ -140,6 +140,20 @@ def test_a_diffusers_folder_becomes_a_folder_with_the_same_weights_as_the_file(t
         assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_strengths_that_begin_with_a_minus_are_values(tiny_model, tmp_path, capsys):
+    lora, out = loras.write(tmp_path / "l.safetensors"), tmp_path / "out.safetensors"
+    merged(capsys, tiny_model, lora, lora, "--strengths", "-1,0.5", "--output", out)
+    name = LAYERS[TO_Q][0]
+    wanted = load_file(tiny_model)[name].numpy() - 0.5 * loras.delta(lora, TO_Q)
+    np.testing.assert_allclose(load_file(out)[name].numpy(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_events_that_cannot_be_written_are_told(tmp_path, capsys):
+    lora = loras.write(tmp_path / "l.safetensors")
+    code, said = run(capsys, "inspect", lora, "--events", tmp_path / "l.safetensors" / "events.jsonl")
+    assert code == 2 and "(--events) cannot be written" in said
+
+
 def test_several_loras_have_one_sum_whatever_their_order(tiny_model, tmp_path, capsys):
     """DoRA's and iA3's updates follow from the weight: from the base model's, not from what was added to it."""
     dora, plain = tmp_path / "dora.safetensors", loras.write(tmp_path / "plain.safetensors")

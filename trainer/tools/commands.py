@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import signal
 import sys
 import time
@@ -42,7 +43,7 @@ precision = partial(
     SAME,
     "Precision",
     help="The number format of the file that is written. fp16 and bf16 take half of float's space; "
-    "fp16 is the usual one for files that others load. same: as the input has it.",
+    "fp16 is the usual one for files that others load. same: as the input has it, of several the first.",
 )
 
 
@@ -473,6 +474,8 @@ def add_to(commands: Any) -> None:
             epilog=f"Example: python -m trainer {tool.example}",
             allow_abbrev=False,
         )
+        # "-1,0.5" is a value, too: argparse knows a number alone.
+        command._negative_number_matcher = re.compile(r"-[\d.][-\d., ]*$")
         for p in tool.parameters.values():
             words = f"{p.help} Allowed: {p.allowed}." if p.kind in ("integer", "number") else p.help
             words = words.replace("%", "%%")
@@ -509,7 +512,11 @@ def main(given: argparse.Namespace) -> int:
         for key in tool.parameters
         for value in [getattr(given, key)]
     }
-    events = EventLog(given.events) if given.events else None
+    try:
+        events = EventLog(given.events) if given.events else None
+    except OSError as error:
+        print(f'"{given.events}" (--events) cannot be written: {error.strerror}.', file=sys.stderr)
+        return EXIT_CONFIG
     teller = _Teller(events)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
