@@ -98,6 +98,10 @@ def counted(answer: Path) -> None:
     sys.argv = sys.argv[1:]
     if sys.argv[0] == "-m":
         sys.argv = sys.argv[1:]
+        sys.path[0] = str(ROOT)
+        from trainer import attention
+
+        attention.multiplies_bf16 = lambda: False  # as on a GPU
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
         sys.path[0] = str(Path.cwd())

@@ -78,9 +78,10 @@ def of_each(operators: Operators, operations: dict[str, int]) -> dict[str, list[
 def second_step(settings, folder, monkeypatch, *, optimizer: bool) -> tuple[Operators, dict[str, int], int]:
     """The operators of the second step, what they multiply and add, and the number of trained tensors.
 
-    Convolutions are as PyTorch has them, which not every processor has in another order.
+    Convolutions and attention are as PyTorch has them, which is not so on every processor.
     """
     monkeypatch.setattr("trainer.prepare.arrange", lambda model: None)
+    monkeypatch.setattr("trainer.attention.multiplies_bf16", lambda: False)
     session = prepared(settings | {"mixed_precision": "bf16"}, folder)
     session.network.attach()
     if not optimizer:

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainer import compiling, metadata, models, networks, optim, state, trackers
+from trainer import attention, compiling, metadata, models, networks, optim, state, trackers
 from trainer.arranged import arrange
 from trainer.compact import compact, give_back_memory
 from trainer.data import cache, folders, texts
@@ -282,7 +282,7 @@ def base_model(config: Config, precision: str, device: torch.device, emit: Emit,
         model.schedule = model.schedule.with_zero_terminal_snr()
     model.device = device
     model.schedule = model.schedule.to(device)
-    _choose_attention(model, config.training, device)
+    attention.choose(model, config.training, device)
     return model
 
 
@@ -316,24 +316,6 @@ def accelerator_of(config: Config, emit: Emit, place: Place = ALONE) -> tuple[Ac
 
 def _unscale(unscale: Callable[..., Any], optimizer: Any, inverse: Any, found: Any, allow_fp16: bool) -> Any:
     return unscale(optimizer, inverse, found, True)
-
-
-def _choose_attention(model: Any, training: Training, device: torch.device) -> None:
-    wanted = training.attention
-    if wanted == "none" and not training.memory_efficient_attention:
-        from diffusers.models.attention_processor import AttnProcessor
-
-        model.unet.set_attn_processor(AttnProcessor())
-        return
-    if wanted == "xformers":
-        try:
-            if device.type != "cuda":
-                raise RuntimeError("it has kernels for NVIDIA GPUs only")
-            model.unet.enable_xformers_memory_efficient_attention()
-            return
-        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            log.info("xformers is not used (%s). PyTorch's scaled-dot-product attention takes its place.", reason)
 
 
 def place_unet(model: Any, device: torch.device, lora_types: Iterable[str]) -> None:

@@ -190,6 +190,8 @@ class Visits:
         self.visitor = visitor
         self.pages: list = []
         self.found: list[str] = []
+        self.failures = 0
+        """Of the session's tests, when a shared page was last known to be sound."""
 
     def __call__(
         self,
@@ -264,17 +266,23 @@ def _left_open(chromium, _visitor) -> Iterator[Visits]:
 
 
 @pytest.fixture
-def page(request, server, _left_open):
+def _sound(request, _left_open) -> None:
+    """Leave a page in which a test failed, before the server forgets it: a page that is left sends its last change."""
+    if _left_open.failures != request.session.testsfailed:
+        _left_open.close()
+
+
+@pytest.fixture
+def page(request, _sound, server, _left_open):
     """A page at its defaults, on its first tab.
 
     Chromium takes two seconds of one core to put a page together. The tests of a module that need no page of
     their own share one, which goes back by its own means; after a test that failed, the next one gets a new page.
     """
-    if _left_open.pages and _left_open.failures == request.session.testsfailed:
+    if _left_open.pages:
         page = _left_open.pages[0]
         put_back(page)
     else:
-        _left_open.close()
         page = _left_open(server)
     _left_open.failures = request.session.testsfailed
     yield page
@@ -317,6 +325,8 @@ def wait_state(page, *states: str, patience_s: float = 30) -> str:
 def open_tab(page, *names: str) -> None:
     for name in names:
         page.get_by_role("tab", name=name, exact=True).click()
+    # A tab is built when it is first opened, and Gradio gives its fields what they hold within the next frame.
+    page.evaluate("new Promise(requestAnimationFrame)")
 
 
 def set_text(page, key: str, text: str) -> None:
