@@ -7,22 +7,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gui.files import inside
 from trainer import events
+from trainer.aside import found_again, written_at
 from trainer.errors import StateError
 from trainer.run import Run
 
 MOST_POINTS = 400
 """Of one run's curve in a comparison: as many as a chart has pixels to show."""
 
-REPLACED_AFTER_S = 60
-"""A state that is this much younger than its event was written by another run under the same name."""
+
+class Written(NamedTuple):
+    """A LoRA file or state that a run wrote. `told`: when that was told (Unix seconds); `written`: see `events.Saved`."""
+
+    path: Path
+    what: str
+    step: int
+    epoch: int
+    told: float
+    written: int
 
 
-def saved(run: Run) -> tuple[tuple[Path, str, float], ...]:
-    """All that a run wrote into its output folder, oldest first: path, what it is, when (Unix seconds)."""
+def saved(run: Run) -> tuple[Written, ...]:
+    """All that a run wrote into its output folder, oldest first."""
     try:
         return _saved(run, run.events.stat().st_size)
     except FileNotFoundError:
@@ -30,10 +39,12 @@ def saved(run: Run) -> tuple[tuple[Path, str, float], ...]:
 
 
 @lru_cache(256)
-def _saved(run: Run, size: int) -> tuple[tuple[Path, str, float], ...]:
+def _saved(run: Run, size: int) -> tuple[Written, ...]:
     # The size is there for the cache: events are only ever appended.
-    found = (event for event, _ in events.read(run.events) if event["type"] == "saved")
-    return tuple((run.folder / str(e["path"]), str(e["what"]), float(str(e["time"]))) for e in found)
+    found: list[dict[str, Any]] = [event for event, _ in events.read(run.events) if event["type"] == "saved"]
+    return tuple(
+        Written(run.folder / e["path"], e["what"], e["step"], e["epoch"], e["time"], e.get("written", 0)) for e in found
+    )
 
 
 def origin(run: Run) -> tuple[Run, int] | None:
@@ -47,9 +58,9 @@ def origin(run: Run) -> tuple[Run, int] | None:
     state, wrote = Path(str(started["resumed"])).resolve(), {}
     for folder in run.folder.parent.glob(f"*/{run.events.name}"):
         other = Run(folder.parent)
-        for path, what, when in saved(other) if other.folder != run.folder else ():
-            if what == "state" and when <= started["time"] and path.resolve() == state:
-                wrote[when] = other
+        for one in saved(other) if other.folder != run.folder else ():
+            if one.what == "state" and one.told <= started["time"] and one.path.resolve() == state:
+                wrote[one.told] = other
     return (wrote[max(wrote)], int(started["first_step"]) - 1) if wrote else None
 
 
@@ -59,16 +70,15 @@ def _started(run: Run, size: int) -> dict[str, Any] | None:
 
 
 def checkpoints(run: Run) -> list[dict[str, Any]]:
-    """The LoRA files of a run that are still there, oldest first: name, path, step, epoch."""
+    """The LoRA files of a run that are still there, oldest first: name, path, step, epoch.
+
+    One that a later run put aside has another name than when it was written.
+    """
     found: dict[str, dict[str, Any]] = {}
-    if run.events.exists():
-        for event, _ in events.read(run.events):
-            path = run.folder / str(event.get("path"))
-            if event["type"] == "saved" and event["what"] != "state" and path.is_file():
-                found.pop(path.name, None)
-                found[path.name] = {
-                    "name": path.name, "path": str(path), "step": event["step"], "epoch": event["epoch"]
-                }  # fmt: skip
+    for one in saved(run):
+        if one.what != "state" and (path := found_again(one.path, one.written)):
+            found.pop(path.name, None)
+            found[path.name] = {"name": path.name, "path": str(path), "step": one.step, "epoch": one.epoch}
     return list(found.values())
 
 
@@ -91,16 +101,16 @@ def stranded(run: Run) -> Literal["", "gone", "none"]:
     """Why an ended run cannot go on: its states are gone, or it saved none; "" when it can."""
     if has_state(run):
         return ""
-    return "gone" if any(what == "state" for _, what, _ in saved(run)) else "none"
+    return "gone" if any(one.what == "state" for one in saved(run)) else "none"
 
 
 def _states(run: Run) -> Iterator[Path]:
     from trainer.state import HEADER
 
-    for path, what, when in reversed(saved(run)):
-        header = path / HEADER
-        if what == "state" and header.is_file() and header.stat().st_mtime < when + REPLACED_AFTER_S:
-            yield path
+    for one in reversed(saved(run)):
+        header = one.path / HEADER
+        if one.what == "state" and header.is_file() and one.written in (0, written_at(header)):
+            yield one.path
 
 
 def curve(run: Run) -> list[list[float]]:
@@ -167,7 +177,7 @@ def rest(run: Run) -> Rest:
     Files in an output folder elsewhere are no part of it. A link is taken away, never what it leads to.
     """
     own = {run.config, run.pid, run.log, run.events, run.control, run.exit, run.killed, run.queued, run.sweep}
-    written = {path for path, _, _ in saved(run)}
+    written = {one.path for one in saved(run)}
     if run.events.exists():
         written |= {run.folder / str(e["path"]) for e, _ in events.read(run.events) if e["type"] == "sample"}
     goes, stays = [], []

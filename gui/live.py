@@ -16,6 +16,7 @@ from typing import Any
 from gui import history, runs
 from gui.files import MODEL_ENDINGS, inside
 from trainer import events, kohya
+from trainer.aside import found_again
 from trainer.errors import LorawrightError
 from trainer.paths import resolve
 from trainer.run import Run
@@ -83,7 +84,8 @@ def _sort_in(event: Mapping[str, Any], news: dict[str, Any], run: Run) -> None:
         if inside(path, [run.samples]):
             news["samples"].append({**event, "path": str(path)})
     elif kind == "saved":
-        news["saved"].append({**event, "path": str(run.folder / event["path"])})
+        path = run.folder / event["path"]
+        news["saved"].append({**event, "path": str(found_again(path, event.get("written", 0)) or path)})
     elif kind in ("verified", "warning"):
         news["verified" if kind == "verified" else "warnings"].append(event)
     elif kind in ("started", "phase", "failed", "ended"):
@@ -151,11 +153,10 @@ def downloads(run: Run, root: Path, allowed: Sequence[Path] = ()) -> dict[str, P
     files = {"log.txt": run.log, "config.json": run.config}
     if run.events.exists():
         places = [run.folder, *allowed, *_output(run, root)]
-        for event, _ in events.read(run.events):
-            if event["type"] == "saved" and event["what"] != "state":
-                path = run.folder / str(event["path"])
-                if path.suffix in MODEL_ENDINGS and inside(path, places):
-                    files[path.name] = path
+        for one in history.saved(run):
+            path = found_again(one.path, one.written) if one.what != "state" else None
+            if path and path.suffix in MODEL_ENDINGS and inside(path, places):
+                files[path.name] = path
     return {name: path for name, path in files.items() if path.is_file() and os.access(path, os.R_OK)}
 
 

@@ -207,7 +207,8 @@ class Runs:
         return run
 
     def launch(self, run: Run, wandb_key: str) -> None:
-        """Start a run's trainer, whose settings are in its folder."""
+        """Start a run's trainer, whose settings are in its folder. A trial gives way to it: a page that was left may have begun it."""
+        self.end_trials()
         # The key is in no file: the trainer finds it where the wandb package looks for it.
         secrets = {"WANDB_API_KEY": wandb_key} if wandb_key else {}
         launch(run, [*self.trainer, "train", str(run.config), "--run", str(run.folder)], self.root, secrets)
@@ -237,7 +238,7 @@ class Runs:
             "total": step["total"] if step else 0,
             "loss": step.get("average_loss") if step else None,
             "sweep": run.sweep.read_text() if run.sweep.exists() else "",
-            "files": sum(what != "state" for _, what, _ in history.saved(run)),
+            "files": sum(one.what != "state" for one in history.saved(run)),
             "origin": origin[0].folder.name if (origin := history.origin(run)) else "",
             "stranded": history.stranded(run) if now in ("stopped", "crashed") else None,
         }

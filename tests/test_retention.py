@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests.test_training import of_type
-from trainer import loop
+from trainer import loop, saving
 from trainer.retention import Due, Retention
 from trainer.schema.model import Saving
 
@@ -139,3 +139,72 @@ def test_the_files_of_the_epochs_are_those_that_sd_scripts_keeps(tmp_path_factor
         theirs.add(epoch)
         theirs.discard(epoch - every * last)
         assert {int(p.name) for p in folder.iterdir()} == theirs
+
+
+class KilledError(BaseException):
+    """Ends a training at once."""
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Have a training end behind the file of each of these steps, before its state is written; each once."""
+
+    def plan(*steps):
+        left, save_state = set(steps), saving.save_state
+
+        def end_or_save(session, step, due, **how):
+            if step in left:
+                left.remove(step)
+                raise KilledError
+            save_state(session, step, due, **how)
+
+        monkeypatch.setattr(saving, "save_state", end_or_save)
+
+    return plan
+
+
+REGULARLY = {"save_every_n_steps": 2, "save_every_n_epochs": 0, "save_state": True, "max_train_steps": 12, "seed": 5}
+
+
+def test_a_training_that_was_killed_twice_leaves_the_files_of_one_in_one_go(settings, train, tmp_path, killed_at):
+    settings |= REGULARLY | {"save_last_n_steps": 2, "resume": "auto"}
+    train(settings | {"output_dir": str(tmp_path / "whole")})
+    killed_at(4, 8)
+    for _ in range(3):
+        train(settings)
+    assert names(tmp_path / "out") == names(tmp_path / "whole")
+
+
+def test_the_same_command_again_after_the_end_trains_nothing(settings, train, tmp_path):
+    settings |= REGULARLY | {"resume": "auto"}
+    train(settings)
+    before = names(tmp_path / "out")
+    code, events, folder = train(settings)
+    assert code == 0 and of_type(events, "ended")[0]["status"] == "done" and not of_type(events, "step")
+    assert of_type(events, "ended")[0]["path"] == str(tmp_path / "out" / "photo.safetensors")
+    assert names(tmp_path / "out") == before and "nothing is left to train" in (folder / "log.txt").read_text()
+
+
+def test_what_a_training_with_other_settings_wrote_behind_the_state_is_set_aside(settings, train, tmp_path, killed_at):
+    settings |= REGULARLY
+    killed_at(4)
+    train(settings)
+    state = str(tmp_path / "out" / at(2, kind="-state")[0])
+    train(settings | {"resume": state, "unet_lr": 3e-4})
+    aside = [name for name in names(tmp_path / "out") if "-of-" in name]
+    assert len(aside) == 1 and aside[0].startswith("photo-step00000004-of-")
+
+
+def test_an_image_that_is_gone_after_it_was_encoded_is_missed_by_no_state(settings, train, tmp_path, monkeypatch):
+    step = loop.take_step
+
+    def take_away(session, number, batches):
+        for picture in session.feed.pictures[:1]:
+            picture.path.unlink(missing_ok=True)
+        return step(session, number, batches)
+
+    monkeypatch.setattr(loop, "take_step", take_away)
+    folder = shutil.copytree(settings["train_data_dir"], tmp_path / "images of its own")
+    code, events, _ = train(settings | {"train_data_dir": str(folder), "save_state": True, "cache_latents": True})
+    assert code == 0 and not of_type(events, "warning")
+    assert any(event["what"] == "state" for event in of_type(events, "saved"))

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from trainer import events
-from trainer.run import sweep, unfinished
+from trainer.run import new_run, sweep, unfinished
 
 DEAD = 2**22 + 1  # beyond the highest process number
 
@@ -59,3 +59,8 @@ def test_an_event_after_a_line_that_was_cut_off_is_read(tmp_path):
     path.write_bytes(b'{"type": "phase", "ti')
     events.EventLog(path).emit(events.Failed("disk_full", "", ""))
     assert [event["type"] for event, _ in events.read(path)] == ["failed"]
+
+
+def test_the_folder_of_a_run_with_a_long_name_can_be_made(tmp_path):
+    for name in ("x" * 300, "ü" * 200, "猫" * 200):
+        assert new_run(tmp_path, name).folder.is_dir()

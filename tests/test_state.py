@@ -664,3 +664,9 @@ def test_weights_that_are_not_numbers_never_reach_a_state(settings, train, tmp_p
     assert code == EXIT_FAILED
     assert of_type(events, "failed")[-1]["kind"] == "not_a_number"
     assert names(tmp_path / "out") == ["photo-step00000001-state", "photo-step00000001.safetensors"]
+
+
+def test_a_runs_settings_are_those_of_its_last_start(settings, train, tmp_path):
+    for rate in (1e-3, 5e-4):
+        train(settings | {"unet_lr": rate, "max_train_steps": 1}, "--run", str(tmp_path / "again"))
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["unet_lr"] == 5e-4

@@ -308,6 +308,9 @@ def _resume(config: Config, summary: Summary, runs: Path) -> Iterator[Problem]:
         if found is None:
             return
         resumed, passed_over = found
+        if config.saving.resume == state.AUTO and 0 < summary.total_steps <= resumed.step:
+            yield problem_with("resume", resumed.over(summary.total_steps), "warning")
+            return
         resumed.leads_into(summary.total_steps or resumed.step + 1)
         resumed.differences(config, summary.batches_per_epoch or resumed.batches_per_epoch)
     except LorawrightError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -65,22 +64,6 @@ def sound(tensors: Mapping[str, torch.Tensor], name: str) -> None:
             f'so "{name}" was not written.',
             "Lower the learning rate, or set Mixed precision to bf16 or no; then start from the last good file.",
         )
-
-
-def set_aside(path: Path) -> Path | None:
-    """Keep a file that is in the way, under a name with the time it was written. Returns that name."""
-    try:
-        written = time.localtime(path.stat().st_mtime)
-    except FileNotFoundError:
-        return None
-    stamp = time.strftime("%Y%m%d-%H%M%S", written)
-    for attempt in range(1, 1000):
-        number = f"-{attempt}" if attempt > 1 else ""
-        kept = path.with_name(f"{path.stem}-of-{stamp}{number}{path.suffix}")
-        if not kept.exists():
-            path.rename(kept)
-            return kept
-    raise FileExistsError(f"no free name to keep {path}")
 
 
 def on_disk(path: Path, write: Callable[[Path], T]) -> T:

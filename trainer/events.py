@@ -89,13 +89,18 @@ class Sample(Event):
 
 @dataclass(frozen=True)
 class Saved(Event):
-    """A file or state folder stands complete under `path`."""
+    """A file or state folder stands complete under `path`.
+
+    `written`: when the file was, or the state's header, as the file system tells it (nanoseconds), by which it is known
+    from a later one of its name.
+    """
 
     type: ClassVar[str] = "saved"
     path: str
     step: int
     epoch: int
     what: Literal["intermediate", "final", "state"]
+    written: int = 0
 
 
 @dataclass(frozen=True)

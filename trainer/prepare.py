@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,8 @@ class Session:
     prompt_texts: texts.Texts | None
     output: Path
     check: Callable[[], None]
+    pictures: Mapping[str, Any]
+    """What is noted of the images, see `state.fingerprint`."""
     retention: Retention
     trackers: trackers.Trackers
     resumed: state.State | None = None
@@ -135,6 +137,9 @@ def prepare(
         dataset = replace(dataset, pictures=tuple(dataset.pictures[place] for place in chosen))
         placements = [placements[place] for place in chosen]
 
+    # As they are now: what becomes of the files while they are trained on does not matter.
+    pictures = state.fingerprint(dataset.pictures)
+
     device = accelerator.device
     model = base_model(config, precision, device, emit, check)
     if training.checkpointing:
@@ -189,7 +194,7 @@ def prepare(
     optimizer = accelerator.prepare(optimizer)
     if resumed:
         _resume(resumed, config, length, emit)
-        if others := resumed.other_pictures(dataset.pictures):
+        if others := resumed.other_pictures(pictures):
             hint = (
                 f"Training goes on at step {resumed.step + 1} with what is there now. The order in an epoch follows from "
                 "all images, so of this one some may come twice and some not at all."
@@ -230,7 +235,8 @@ def prepare(
         prompt_texts=prompt_texts,
         output=output,
         check=check,
-        retention=Retention(config.saving),
+        pictures=pictures,
+        retention=Retention.after(resumed, config.saving, output),
         trackers=trackers.start(config, run, emit) if team.leads else trackers.Trackers(emit),
         resumed=resumed,
         newest_state=resumed.folder if resumed else None,

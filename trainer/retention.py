@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from trainer import state
 from trainer.schema.model import Saving
@@ -14,6 +14,7 @@ from trainer.schema.model import Saving
 log = logging.getLogger(__name__)
 Series = Literal["epoch", "step"]
 Stamp = tuple[int, int]
+GONE: Stamp = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,28 @@ class Retention:
     saving: Saving
     _written: list[_Entry] = field(default_factory=list)
 
+    @classmethod
+    def after(cls, resumed: state.State | None, saving: Saving, output: Path) -> Retention:
+        """Of a training that goes on from a state: with what it wrote regularly before, if that is where it writes."""
+        if resumed is None or resumed.folder.parent != output:
+            return cls(saving)
+        entries = []
+        for series, number, name, is_state, stamp in resumed.written:
+            path = output / name if stamp else resumed.folder
+            entries.append(_Entry(series, number, path, is_state, tuple(stamp or _stamp(path))))
+        return cls(saving, entries)
+
+    def rows(self, due: Due) -> list[list[Any]]:
+        """What a state must know of this for `after`, as JSON; nothing where all files stay.
+
+        Series, number, name, whether it is a state, and the stamp, which that very state does not have yet.
+        """
+        saving = self.saving
+        if not any((saving.last_n_steps, saving.last_n_steps_state, saving.last_n_epochs, saving.last_n_epochs_state)):
+            return []
+        own = [[due.series, due.number, "", True, None]] if due.series else []
+        return [[e.series, e.number, e.path.name, e.is_state, e.stamp] for e in self._written] + own
+
     def wrote(self, due: Due, path: Path, *, is_state: bool = False) -> None:
         """Remember a file or state folder as it is now, and delete those that are too old beside it."""
         if due.series:
@@ -60,7 +83,10 @@ class Retention:
             if entry.series != series or entry.number > self._newest_to_go(series, number, entry.is_state):
                 continue
             self._written.remove(entry)
-            if _stamp(entry.path) != entry.stamp:
+            found = _stamp(entry.path)
+            if found == GONE:
+                continue
+            if found != entry.stamp:
                 log.info("%s is not the one that was written; it is kept", entry.path)
                 continue
             if entry.is_state:
@@ -82,5 +108,5 @@ def _stamp(path: Path) -> Stamp:
     try:
         found = os.stat(path)  # noqa: PTH116
     except OSError:
-        return 0, 0
+        return GONE
     return found.st_ino, found.st_mtime_ns

@@ -73,7 +73,7 @@ class State:
 
     `stopgap`: nobody asked to keep it; it stands for a training that was stopped, until that has gone on.
     `returns`: the steps that training went back to before. `average`: the average loss that was told of last, and of how
-    many steps.
+    many steps. `written`: see `Retention.rows`.
     """
 
     folder: Path
@@ -87,6 +87,14 @@ class State:
     stopgap: bool = False
     returns: Sequence[int] = ()
     average: tuple[float, int] = (0.0, 0)
+    written: Sequence[Any] = ()
+
+    def over(self, total_steps: int) -> str:
+        """What is said where `auto` finds a training at its end."""
+        return (
+            f'"{shown(self.folder)}" is at step {self.step} of {total_steps}: nothing is left to train. Raise Epoch (epoch) '
+            "or Max train steps (max_train_steps) to go on, or empty it to start anew."
+        )
 
     def leads_into(self, total_steps: int) -> None:
         """Raise StateError when a training of so many steps is over by then."""
@@ -117,9 +125,9 @@ class State:
             told.append(f"an epoch had {self.batches_per_epoch} batches, now {batches_per_epoch}")
         return told
 
-    def other_pictures(self, pictures: Iterable[Picture]) -> list[str]:
-        """What became of the images and captions since the state was written, in words."""
-        then, now = self.pictures, fingerprint(pictures)
+    def other_pictures(self, now: Mapping[str, Any]) -> list[str]:
+        """What became of the images and captions since the state was written, in words. `now`: their `fingerprint`."""
+        then = self.pictures
         if not then:  # written before pictures were noted
             return []
         both = [name for name in now if name in then]
@@ -258,6 +266,7 @@ def read(folder: Path) -> State:
             bool(header.get("stopgap", False)),
             tuple(header.get("returns", ())),
             (float(header.get("average_loss", 0.0)), int(header.get("losses", 0))),
+            tuple(header.get("written", ())),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, str(error) or type(error).__name__) from error
@@ -278,13 +287,14 @@ def write(
     batches_per_epoch: int,
     config: Config,
     parts: Mapping[str, Any],
-    pictures: Iterable[Picture] = (),
+    pictures: Mapping[str, Any] | None = None,
     *,
     stopgap: bool = False,
     returns: Sequence[int] = (),
     average: tuple[float, int] = (0.0, 0),
+    written: Sequence[Any] = (),
 ) -> Path:
-    """Write a state folder; whole or not at all. Returns where it is.
+    """Write a state folder; whole or not at all. Returns where it is. `pictures`: their `fingerprint`.
 
     A state that has the name already is replaced. A folder that is none is left alone, and the
     state gets a number behind its name.
@@ -323,11 +333,12 @@ def write(
             "bytes": (fresh / TENSORS).stat().st_size,
             "digest": digest,
             "parts": packed,
-            "pictures": fingerprint(pictures),
+            "pictures": dict(pictures or {}),
             "stopgap": stopgap,
             "returns": list(returns),
             "average_loss": average[0],
             "losses": average[1],
+            "written": list(written),
         }
         with (fresh / HEADER).open("w", encoding="utf-8") as text:
             json.dump(header, text)

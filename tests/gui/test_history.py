@@ -12,6 +12,7 @@ import pytest
 from gui import history, live
 from gui.runs import Runs
 from tests.gui.fake_trainer import state
+from trainer.aside import set_aside, written_at
 from trainer.events import EventLog, Phase, Sample, Saved, Started, Step
 from trainer.run import Run
 
@@ -26,7 +27,7 @@ def run(tmp_path):
 
 def wrote_state(run, name, step):
     folder = state(run.output / name, step)
-    EventLog(run.events).emit(Saved(str(folder), step, 1, "state"))
+    EventLog(run.events).emit(Saved(str(folder), step, 1, "state", written_at(folder / "state.json")))
     return folder
 
 
@@ -50,9 +51,28 @@ def test_a_run_that_cannot_go_on_tells_a_lost_state_from_one_that_never_was(run)
 
 def test_a_state_that_another_run_wrote_over_is_not_this_runs(run):
     folder = wrote_state(run, "shared-state", 10)
-    later = time.time() + 3600
+    later = time.time() + 1
     os.utime(folder / "state.json", (later, later))
     assert not history.has_state(run) and history.newest_state(run) is None
+
+
+def test_two_runs_that_write_the_same_name_each_keep_their_own_file(run, tmp_path):
+    shared = tmp_path / "loras" / "cat.safetensors"
+    shared.parent.mkdir()
+    later = Run(run.folder.with_name("20260101-000013-cat"))
+    later.folder.mkdir()
+    for one, content, at_s in ((run, b"first", 1_700_000_000), (later, b"second", 1_700_000_013)):
+        set_aside(shared)
+        shared.write_bytes(content)
+        os.utime(shared, (at_s, at_s))
+        one.config.write_text(json.dumps({"output_dir": str(shared.parent)}))
+        EventLog(one.events).emit(Saved(str(shared), 4, 1, "final", written_at(shared)))
+    for one, content in ((run, b"first"), (later, b"second")):
+        (found,) = history.checkpoints(one)
+        assert Path(found["path"]).read_bytes() == content
+        assert live.downloads(one, tmp_path)[found["name"]].read_bytes() == content
+    Path(history.checkpoints(run)[0]["path"]).unlink()
+    assert history.checkpoints(run) == []
 
 
 def test_a_curve_is_thinned_and_keeps_the_last_step(run):

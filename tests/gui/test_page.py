@@ -225,6 +225,18 @@ def test_a_trial_can_be_stopped(desk):
     assert answers == [{"notes": [], "summary": {}, "problems": []}]
 
 
+def test_a_trial_whose_page_was_left_gives_way_to_a_start(desk):
+    answers = []
+    asked = {"entries": entries(desk, training_comment="slow"), "kept": {}}
+    trying = threading.Thread(target=lambda: answers.append(desk.trial(asked)))
+    trying.start()
+    while not desk.runs._trials:
+        assert trying.is_alive()
+    assert desk.start({"entries": entries(desk, training_comment="steps=500"), "kept": {}})["run"]
+    trying.join(20)
+    assert answers == [{"notes": [], "summary": {}, "problems": []}]
+
+
 def ended_run(desk, words="steps=8"):
     run = desk.start({"entries": entries(desk, training_comment=words, output_name="cat"), "kept": {}})["run"]
     while desk.poll({"run": "", "follow": run})["state"] not in ("done", "crashed", "stopped"):

@@ -207,7 +207,7 @@ def test_states_of_units_come_back_where_some_were_never_drawn(settings, tmp_pat
     loop.take_step(first, 1, first.feed.batches(range(1)))
     first.network.detach()
     parts = state.parts_of(first.network, first.optimizer, first.scheduler, None)
-    state.write(tmp_path / "state", 1, 1, 6, first.config, parts, first.feed.pictures)
+    state.write(tmp_path / "state", 1, 1, 6, first.config, parts, first.pictures)
     state.read(tmp_path / "state").restore(second.network, second.optimizer, second.scheduler, None)
     assert optim.rates(first.optimizer, first.scheduler) == optim.rates(second.optimizer, second.scheduler)
     assert len(first.optimizer.state) == len(second.optimizer.state) == len(list(first.network.parameters())) / 4

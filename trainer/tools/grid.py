@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from trainer import kohya, networks, sampling
-from trainer.checkpoint import set_aside
+from trainer.aside import set_aside
 from trainer.data import texts
 from trainer.errors import ConfigError, ModelError, Problem
 from trainer.events import Event, Phase, Warned

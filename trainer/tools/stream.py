@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import torch
 
-from trainer.checkpoint import on_disk, set_aside
+from trainer.aside import set_aside
+from trainer.checkpoint import on_disk
 from trainer.errors import TrainingError
 from trainer.models.weights import DTYPES
 from trainer.run import unfinished
