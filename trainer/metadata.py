@@ -25,7 +25,6 @@ from trainer.data.captions import tag_frequency
 from trainer.data.folders import Dataset
 from trainer.length import Length
 from trainer.models.facts import Family
-from trainer.optim import warmup_steps
 from trainer.paths import base_model, resolve
 from trainer.schema import Config
 from trainer.schema.algorithms import TYPES, USES
@@ -116,7 +115,7 @@ def describe(
         "ss_max_train_steps": length.total_steps,
         "ss_gradient_checkpointing": training.checkpointing,
         "ss_gradient_accumulation_steps": training.accumulation,
-        "ss_lr_warmup_steps": warmup_steps(optim, length.total_steps),
+        "ss_lr_warmup_steps": optim.warmup_of(length.total_steps),
         "ss_lr_scheduler": optim.scheduler,
         "ss_network_module": TYPES[config.network.type].program,
         "ss_network_dim": config.network.rank,
