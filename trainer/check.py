@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import tempfile
 from collections import Counter
@@ -487,12 +488,12 @@ def _schedule(config: Config, total_steps: int) -> Iterator[Problem]:
     for name, highest in (("min_lr", rate), ("min_lr_rate", 1)):
         if optim.scheduler == "cosine_with_min_lr" and _is_number(least := given.get(name)) and least > highest:
             of = "Learning rate (learning_rate)" if name == "min_lr" else "the whole rate"
-            message = f"{name} {least:g} is above {of}, {highest:g}, so that the rate rises towards the end. Lower it."
+            message = f"{name} {least} is above {of}, {highest:g}, so that the rate rises towards the end. Lower it."
             yield problem_with("lr_scheduler_args", message, "warning")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _masks(config: Config, pictures: tuple[Picture, ...]) -> Iterator[Problem]:
