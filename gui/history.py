@@ -141,7 +141,8 @@ def samples(run: Run) -> list[dict[str, Any]]:
 def outcome(run: Run) -> dict[str, Any]:
     """What came of a run: last and lowest average loss with their steps, seconds from its start, its newest file.
 
-    None for what there is not.
+    The lowest is looked for behind the first tenth of the steps, where the average is not one of so many yet. None for
+    what there is not.
     """
     last: list[Any] | None = None
     lowest: list[Any] | None = None
@@ -152,7 +153,8 @@ def outcome(run: Run) -> dict[str, Any]:
             if event["type"] == "step":
                 loss = event["loss"] if event.get("average_loss") is None else event["average_loss"]
                 last = [event["step"], loss]
-                if lowest is None or loss < lowest[1]:
+                early = event["step"] < event["total"] / 10
+                if not early and (lowest is None or loss < lowest[1]):
                     lowest = last
     files = checkpoints(run)
     return {

@@ -20,7 +20,7 @@ from trainer.__main__ import main
 from trainer.check import not_writable, problems, report
 from trainer.kohya import Preset
 from trainer.run import EXIT_CONFIG, EXIT_DONE
-from trainer.schema import PARAMETERS
+from trainer.schema import PARAMETERS, older
 
 
 def check(values):
@@ -97,7 +97,7 @@ def test_what_the_lora_type_does_not_use_is_told(settings, train, tmp_path, caps
         ("network_dropout", "without effect"),
         ("up_lr_weight", "without effect"),
     ]
-    told = "network_dropout: 0.5 has no effect: LoRA type (LoRA_type) LyCORIS/LoCon does not use it"
+    told = "network_dropout: 0.5 has no effect: LoRA type (LoRA_type) LyCORIS/LoCon does not use it."
     assert str(checked.notes[0]) == told
     _, _, folder = train(settings | unused | {"max_train_steps": 1})
     assert told in (folder / "log.txt").read_text()
@@ -119,9 +119,11 @@ def test_more_layers_than_the_text_encoder_has_cannot_be_skipped(settings):
     [
         ({"optimizer_args": "weight_decay=-1"}, "Invalid weight_decay value: -1"),
         ({"optimizer_args": "betas=0.9,1.5"}, "Invalid beta parameter at index 1: 1.5"),
-        ({"optimizer_args": "eps=abc"}, "optimizer_args"),
-        ({"optimizer": "AdamW8bit", "optimizer_args": "betas=0.9"}, "optimizer_args"),
-        ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_args": "min_lr_rate=abc"}, "lr_scheduler_args"),
+        ({"optimizer_args": "eps=abc"}, 'eps "abc"'),
+        ({"optimizer_args": "amsgrad=1"}, 'amsgrad "1"'),
+        ({"optimizer_args": "maximize=no"}, 'maximize "no"'),
+        ({"optimizer": "AdamW8bit", "optimizer_args": "betas=0.9"}, 'betas "0.9"'),
+        ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_args": "min_lr_rate=abc"}, 'min_lr_rate "abc"'),
     ],
 )
 def test_values_that_the_optimizer_cannot_use_are_found_before_the_start(settings, values, message):
@@ -130,6 +132,41 @@ def test_values_that_the_optimizer_cannot_use_are_found_before_the_start(setting
     assert not problems(Preset(settings | values), decode=False, ask=False).errors, (
         "the page's own process has no torch"
     )
+
+
+def test_the_optimizer_is_tried_in_the_way_that_trains(settings, monkeypatch):
+    from trainer import optim
+
+    make, tried = optim.make_optimizer, []
+    monkeypatch.setattr(optim, "make_optimizer", lambda *given, **how: tried.append(make(*given, **how)) or tried[-1])
+    assert not problems(Preset(settings | {"optimizer_args": "weight_decay=0.1"}), decode=False).errors
+    assert [optimizer.param_groups[0]["fused"] for optimizer in tried] == [True]
+
+
+@pytest.mark.proves("lr_warmup", "lr_warmup_steps", "lr_scheduler_args")
+@pytest.mark.parametrize(
+    ("values", "key", "message"),
+    [
+        ({"lr_warmup": 100}, "lr_warmup", "takes 6 steps, and training 6"),
+        ({"lr_warmup_steps": 10}, "lr_warmup_steps", "takes 10 steps, and training 6"),
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 10}, "", ""),
+        ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_args": "min_lr=1"}, "lr_scheduler_args", "min_lr 1 is above"),
+        ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_args": "min_lr_rate=2"}, "lr_scheduler_args", "2 is above"),
+        ({"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_args": "min_lr=1e-3"}, "", ""),
+        ({"lr_scheduler": "warmup_stable_decay", "lr_scheduler_args": "num_decay_steps=9"}, "lr_scheduler_args", "within its decay"),
+        ({"lr_scheduler": "warmup_stable_decay", "lr_scheduler_args": "num_decay_steps=0.5"}, "", ""),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_cannot_be_meant_is_warned_about(settings, values, key, message):
+    found = [p for p in check(settings | values).problems if p.severity == "warning"]
+    assert [problem.key for problem in found] == [key] * bool(key)
+    assert all(message in problem.message for problem in found)
+
+
+def test_what_a_problem_tells_is_not_told_again_as_without_effect(settings):
+    checked = check(settings | {"adaptive_noise_scale": 0.5, "noise_offset_type": "Multires"})
+    assert [problem.key for problem in checked.problems] == ["adaptive_noise_scale"]
+    assert checked.notes == ()
 
 
 def test_warnings_alone_are_ready(settings, tmp_path, capsys):
@@ -360,7 +397,7 @@ def test_no_preset_makes_it_stumble(settings, change, capsysbinary):
     assert all(problem.message and problem.label for problem in checked.problems)
 
 
-@given(values=st.dictionaries(st.sampled_from(sorted([*PARAMETERS, *kohya.OLDER_KEYS, "other"])), junk, max_size=30))
+@given(values=st.dictionaries(st.sampled_from(sorted([*PARAMETERS, *older.KEYS, "other"])), junk, max_size=30))
 @hypothesis_settings(max_examples=200, deadline=None)
 def test_no_preset_file_makes_it_stumble(values):
     problems(kohya.read(values))

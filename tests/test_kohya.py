@@ -7,7 +7,9 @@ import pytest
 
 from trainer import kohya, schema
 from trainer.errors import ConfigError
+from trainer.schema import PARAMETERS
 
+BLOCKS_SET = ["down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_dims", "block_alphas", "conv_block_dims"]
 PRESETS = sorted((Path(__file__).parent.parent / "presets").glob("*.json"))
 
 
@@ -54,6 +56,8 @@ def test_older_names_are_converted_and_said():
         ("bucket_reso_steps", 1, 8),
         ("lr_scheduler", "Cosine", "cosine"),
         ("optimizer", "adamw8bit", "AdamW8bit"),
+        ("LoRA_type", "LoCon", "LyCORIS/LoCon"),
+        ("log_with", True, "wandb"),
     ],
 )
 def test_older_values_are_converted_and_said(key, old, new):
@@ -102,6 +106,72 @@ def test_a_file_that_is_no_preset_is_refused_by_name(tmp_path, content):
 def test_a_byte_order_mark_does_not_matter(tmp_path):
     (tmp_path / "p.json").write_bytes(b'\xef\xbb\xbf{"epoch": 2}')
     assert kohya.load(tmp_path / "p.json").values == {"epoch": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "why"),
+    [
+        ({"keep_tokens": 2}, "keep_tokens", "Shuffle caption (shuffle_caption) is off."),
+        ({"huber_c": 0.2}, "huber_c", "Loss type (loss_type) is l2."),
+        ({"huber_schedule": "constant"}, "huber_schedule", "Loss type (loss_type) is l2."),
+        ({"prior_loss_weight": 0.5}, "prior_loss_weight", "Regularisation folder (reg_data_dir) is empty."),
+        ({"noise_offset_type": "Multires", "noise_offset": "0.1"}, "noise_offset", "(noise_offset_type) is Multires."),
+        ({"lr_scheduler": "constant", "lr_scheduler_num_cycles": 3}, "lr_scheduler_num_cycles", "is constant."),
+        ({"lr_scheduler": "constant", "lr_scheduler_power": 3}, "lr_scheduler_power", "is constant."),
+        ({"lr_scheduler": "constant", "lr_warmup_steps": 5}, "lr_warmup_steps", "is constant."),
+        ({"lr_warmup": 5, "lr_warmup_steps": 5}, "lr_warmup", "LR warmup steps (lr_warmup_steps) goes before it."),
+        ({"min_bucket_reso": 128}, "min_bucket_reso", "(bucket_no_upscale) is on."),
+        ({"max_bucket_reso": 512}, "max_bucket_reso", "(bucket_no_upscale) is on."),
+        ({"cache_latents": False, "vae_batch_size": 4}, "vae_batch_size", "Cache latents (cache_latents) is off."),
+        ({"save_last_n_steps": 100}, "save_last_n_steps", "Save every N steps (save_every_n_steps) is 0."),
+        ({"save_last_n_epochs_state": 2}, "save_last_n_epochs_state", "Save training state (save_state) is off."),
+        ({"save_every_n_epochs": 0, "save_last_n_epochs": 2}, "save_last_n_epochs", "(save_every_n_epochs) is 0."),
+        ({"text_encoder_lr": 0, "stop_text_encoder_training": 5}, "stop_text_encoder_training", "(text_encoder_lr) is 0."),
+        (
+            {"text_encoder_lr": 0, "loraplus_text_encoder_lr_ratio": 4},
+            "loraplus_text_encoder_lr_ratio",
+            "Text Encoder learning rate (text_encoder_lr) is 0.",
+        ),
+        ({"unet_lr": 0, "down_lr_weight": "sine"}, "down_lr_weight", "Unet learning rate (unet_lr) is 0."),
+        (
+            {"LoRA_type": "LyCORIS/LoHa", "LyCORIS_preset": "unet-transformer-only", "text_encoder_lr": 1e-3},
+            "text_encoder_lr",
+            "LyCORIS Preset (LyCORIS_preset) unet-transformer-only leaves the text encoder alone.",
+        ),
+        ({"dim_from_weights": True, "block_dims": "9,9"}, "block_dims", "DIM from weights (dim_from_weights) is on."),
+        ({"learning_rate": 3e-4}, "learning_rate", "Set those, or empty them."),
+    ],
+)  # fmt: skip
+def test_what_is_set_and_changes_nothing_is_named_with_the_control_it_depends_on(values, key, why):
+    (note,) = kohya.unused(values)
+    assert (note.what, note.key) == ("without effect", key)
+    assert note.message.startswith(f"{values[key]} has no effect: ") and note.message.endswith(why)
+
+
+def test_nothing_is_said_of_controls_that_nobody_touched():
+    """Nor of what a preset of kohya_ss holds that says no more than an empty box."""
+    untouched = {
+        "max_bucket_reso": 2048,
+        "multires_noise_discount": 0.3,
+        "lr_scheduler_num_cycles": "1",
+        "lr_scheduler_power": 1,
+        "lr_scheduler": "constant",
+        "lr_warmup": 0,
+    }
+    assert kohya.unused(schema.defaults()) == []
+    assert kohya.unused(schema.defaults() | untouched) == []
+
+
+def test_much_without_effect_is_one_note():
+    values = {"LoRA_type": "LyCORIS/LoHa"} | dict.fromkeys(BLOCKS_SET, "2")
+    (note,) = kohya.unused(values)
+    assert note.key == "" and str(note).startswith(f"{len(BLOCKS_SET)} settings change nothing with the others: ")
+    assert all(f"{PARAMETERS[key].label} ({key})" in note.message for key in BLOCKS_SET)
+    assert len(kohya.unused({"LoRA_type": "LyCORIS/LoHa"} | dict.fromkeys(BLOCKS_SET[1:], "2"))) == 5
+
+
+def test_a_secret_is_not_told_as_without_effect():
+    assert kohya.unused({"wandb_api_key": "s3cret"}) == []
 
 
 def test_a_key_that_is_nearly_a_parameters_is_asked_about():

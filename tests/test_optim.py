@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from tests import reference
 from trainer import optim, schema
 from trainer.errors import ConfigError
-from trainer.schema.optim import Optim
+from trainer.schema.optim import Optim, parse_arguments
 from trainer.schema.optimizers import OPTIMIZERS
 
 TOTAL, WARMUP = 100, 10
@@ -40,6 +40,10 @@ CLOSED_FORMS = {
     "constant_with_warmup": ({}, after_warmup(lambda p: 1.0)),
     "linear": ({}, after_warmup(lambda p: 1 - p)),
     "cosine": ({}, after_warmup(lambda p: (1 + math.cos(math.pi * p)) / 2)),
+    "cosine of two halves": (
+        {"scheduler": "cosine", "scheduler_arguments": "num_cycles=1"},
+        after_warmup(lambda p: (1 + math.cos(2 * math.pi * p)) / 2),
+    ),
     "cosine_with_restarts": (
         {"cycles": 3},
         after_warmup(lambda p: (1 + math.cos(math.pi * ((3 * p) % 1))) / 2),
@@ -65,7 +69,7 @@ CLOSED_FORMS = {
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 def test_the_rate_of_every_step_is_the_closed_form(name):
     settings, expected = CLOSED_FORMS[name]
-    assert rates(scheduler=name, **settings) == pytest.approx(expected, abs=2e-4)
+    assert rates(**{"scheduler": name, **settings}) == pytest.approx(expected, abs=2e-4)
 
 
 @pytest.mark.proves("lr_scheduler_num_cycles", "lr_scheduler_power")
@@ -316,7 +320,67 @@ def test_a_value_that_the_optimizer_cannot_use_is_refused_by_the_controls_name()
         optim.make_optimizer(group, Optim(optimizer="AdamW", arguments="betas=2,3"))
 
 
-@pytest.mark.parametrize(("name", "valid"), [("cosine", "takes none"), ("polynomial", "power, lr_end")])
+@pytest.mark.proves("optimizer_args", "lr_scheduler_args")
+def test_words_for_yes_no_and_nothing_are_read_in_any_case():
+    assert parse_arguments("a=true b=FALSE c=None d=True e=none f=nono") == {
+        "a": True, "b": False, "c": None, "d": True, "e": None, "f": "nono"
+    }  # fmt: skip
+
+
+@pytest.mark.proves("optimizer_args")
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("Prodigy", "use_bias_correction=no", 'use_bias_correction "no" is not allowed; it must be True or False'),
+        ("AdamW", "amsgrad=1", 'amsgrad "1" is not allowed; it must be True or False'),
+        ("AdamW", "foreach=no", 'foreach "no" is not allowed; it must be a number, True, False or None'),
+        ("AdamW", "weight_decay=abc", 'weight_decay "abc" is not allowed; it must be a number'),
+        ("Lion", "weight_decay=true", 'weight_decay "True" is not allowed; it must be a number'),
+        ("AdamW8bit", "betas=0.9", 'betas "0.9" is not allowed; it must be 2 numbers separated by commas'),
+        ("DAdaptAdam", "decouple=maybe", 'decouple "maybe" is not allowed; it must be True or False'),
+    ],
+)
+def test_a_value_of_another_kind_than_the_arguments_is_refused_naming_it(name, arguments, message):
+    group = [{"name": "unet", "params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": 1.0}]
+    with pytest.raises(ConfigError) as caught:
+        optim.make_optimizer(group, Optim(optimizer=name, arguments=arguments))
+    assert message in str(caught.value) and "optimizer_args" in str(caught.value)
+
+
+@pytest.mark.proves("lr_scheduler_args")
+@pytest.mark.parametrize(
+    ("name", "arguments", "argument"),
+    [
+        ("warmup_stable_decay", "num_decay_steps=abc", "num_decay_steps"),
+        ("cosine_with_min_lr", "min_lr=abc", "min_lr"),
+        ("polynomial", "power=yes", "power"),
+    ],
+)
+def test_a_schedulers_arguments_are_of_their_kind_too(name, arguments, argument):
+    with pytest.raises(
+        ConfigError, match=rf'\(lr_scheduler_args\): {argument} "\w+" is not allowed; it must be a number'
+    ):
+        rates(scheduler=name, scheduler_arguments=arguments)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_takes_its_own_defaults(name):
+    defaults = optim.defaults_of(optim.load(OPTIMIZERS[name]))
+    assert optim.unfit(defaults, defaults) == []
+
+
+def test_the_rate_of_what_is_not_trained_any_more_is_0():
+    weights = {name: torch.nn.Parameter(torch.zeros(1)) for name in ("text_encoder", "unet")}
+    groups = [{"name": name, "params": [weight], "lr": 1e-3} for name, weight in weights.items()]
+    settings = Optim(optimizer="AdamW", scheduler="constant")
+    optimizer = optim.make_optimizer(groups, settings)
+    scheduler = optim.make_scheduler(optimizer, settings, TOTAL)
+    weights["text_encoder"].requires_grad_(False)
+    assert optim.rates(optimizer, scheduler) == {"text_encoder": 0, "unet": 1e-3}
+
+
+@pytest.mark.parametrize(("name", "valid"), [("linear", "takes none"), ("polynomial", "power, lr_end")])
 def test_an_unknown_scheduler_argument_is_refused_too(name, valid):
     with pytest.raises(ConfigError, match=rf"lr_scheduler_args.*no argument gamma.*{valid}"):
         schema.parse({"optimizer": "AdamW", "lr_scheduler": name, "lr_scheduler_args": "gamma=0.1"})

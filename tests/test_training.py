@@ -184,7 +184,10 @@ def test_an_empty_rate_is_the_general_one_and_each_part_has_its_own(settings, tr
 
 @pytest.mark.proves("stop_text_encoder_training")
 def test_the_text_encoder_stops_at_its_share_of_the_steps(settings, train, tmp_path):
-    train(settings | {"stop_text_encoder_training": 50, "save_every_n_steps": 1, "optimizer_args": "weight_decay=0.5"})
+    given = {"stop_text_encoder_training": 50, "save_every_n_steps": 1, "optimizer_args": "weight_decay=0.5"}
+    _, events, _ = train(settings | given)
+    rates = [bool(event["text_encoder_lr"]) for event in of_type(events, "step")]
+    assert rates == [True, True, True, False, False, False]
     files = [load_file(tmp_path / "out" / f"photo-step{n:08d}.safetensors") for n in range(1, 6)]
     files.append(load_file(tmp_path / "out" / "photo.safetensors"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import tempfile
 from collections import Counter
@@ -29,7 +30,7 @@ from trainer.prompts import parse as parse_prompts
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED
 from trainer.schema import PARAMETERS, Config, problem_with, read
 from trainer.schema.algorithms import MATRICES, TYPES, USES
-from trainer.schema.optim import Optim
+from trainer.schema.optim import WARMING, steps_of
 from trainer.schema.rules import conflicts, text_encoder_rate, unet_rate
 
 ARGUMENTS = ("optimizer", "optimizer_args", "lr_scheduler", "lr_scheduler_args")
@@ -95,10 +96,14 @@ def problems(preset: Preset, *, decode: bool = True, ask: bool = True, runs: Pat
     summary = _summary(config, survey.dataset.pictures, places, model)
     found += _optimizer(config)
     if ask and not any(p.key in ARGUMENTS and p.severity == "error" for p in found):
-        found += _refused_values(config.optim, summary.total_steps or 100)
+        found += _refused_values(config, summary.total_steps or 100)
+    if summary.total_steps:
+        found += _schedule(config, summary.total_steps)
     found += _resume(config, summary, runs)
     refused = any(problem.severity == "error" for problem in found)
-    return Checked(None if refused else config, tuple(found), (*preset.notes, *unused(preset.values)), summary)
+    told = {problem.key for problem in found}
+    notes = (*preset.notes, *(note for note in unused(preset.values) if note.key not in told))
+    return Checked(None if refused else config, tuple(found), notes, summary)
 
 
 def report(preset: Preset, as_json: bool, trial: bool = False) -> int:
@@ -431,8 +436,9 @@ def _optimizer(config: Config) -> Iterator[Problem]:
         )
 
 
-def _refused_values(settings: Optim, total_steps: int) -> Iterator[Problem]:
+def _refused_values(config: Config, total_steps: int) -> Iterator[Problem]:
     """What the optimizer and the scheduler say of their arguments' values, tried on a weight of their own."""
+    settings = config.optim
     if not (settings.arguments or settings.scheduler_arguments):
         return
     import torch  # late, and only where there is something to try
@@ -442,7 +448,9 @@ def _refused_values(settings: Optim, total_steps: int) -> Iterator[Problem]:
     key = "optimizer_args"
     try:
         weight = torch.nn.Parameter(torch.ones(2, 2))
-        optimizer = optim.make_optimizer([{"name": "unet", "params": [weight], "lr": 1e-4}], settings)
+        group = {"name": "unet", "params": [weight], "lr": 1e-4}
+        scaled = config.training.precision == "fp16" and torch.cuda.is_available()
+        optimizer = optim.make_optimizer([group], settings, fused=not scaled)
         key = "lr_scheduler_args"
         scheduler = optim.make_scheduler(optimizer, settings, total_steps)
         weight.grad = torch.ones_like(weight)
@@ -456,6 +464,39 @@ def _refused_values(settings: Optim, total_steps: int) -> Iterator[Problem]:
         yield problem_with(
             key, f"cannot be used: {str(error).splitlines()[0] if str(error) else type(error).__name__}."
         )
+
+
+def _schedule(config: Config, total_steps: int) -> Iterator[Problem]:
+    """What a schedule of so many steps cannot mean."""
+    optim = config.optim
+    if optim.row.schedule_free or optim.relative_step:
+        return
+    given = optim.scheduler_arguments
+    warmup = optim.warmup_of(total_steps) if optim.scheduler in WARMING else 0
+    if warmup >= total_steps:
+        key = "lr_warmup_steps" if optim.warmup_steps else "lr_warmup"
+        what = f"takes {warmup} steps, and training {total_steps}, so the learning rate is reached at the end or never."
+        yield problem_with(key, f"{what} Lower it, or train for longer.", "warning")
+    if optim.scheduler == "warmup_stable_decay" and _is_number(decay := given.get("num_decay_steps")):
+        steps = steps_of(decay, total_steps)
+        if warmup + steps > total_steps and "num_stable_steps" not in given:
+            what = (
+                f"num_decay_steps {decay} and a warmup of {warmup} steps are longer than training, {total_steps} steps"
+            )
+            message = (
+                f"{what}, so that the learning rate begins within its decay. Lower it, or write the share of all: 0.2."
+            )
+            yield problem_with("lr_scheduler_args", message, "warning")
+    rate = optim.learning_rate or unet_rate(config)
+    for name, highest in (("min_lr", rate), ("min_lr_rate", 1)):
+        if optim.scheduler == "cosine_with_min_lr" and _is_number(least := given.get(name)) and least > highest:
+            of = "Learning rate (learning_rate)" if name == "min_lr" else "the whole rate"
+            message = f"{name} {least} is above {of}, {highest:g}, so that the rate rises towards the end. Lower it."
+            yield problem_with("lr_scheduler_args", message, "warning")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _masks(config: Config, pictures: tuple[Picture, ...]) -> Iterator[Problem]:

@@ -15,31 +15,12 @@ from typing import Any, Literal
 
 from trainer.errors import ConfigError, Problem
 from trainer.run import write_whole
-from trainer.schema import PARAMETERS, without_effect
+from trainer.schema import PARAMETERS, older, without_effect
 from trainer.schema.overrides import KEY, SECRET, from_command_line, with_additional
 
-OLDER_KEYS = {
-    "lora_network_weights": "network_weights",
-    "conv_dims": "conv_block_dims",
-    "conv_alphas": "conv_block_alphas",
-    "no_half_vae": "sdxl_no_half_vae",
-    "stop_text_encoder_training_pct": "stop_text_encoder_training",
-    "use_wandb": "log_with",
-    "wandb": "log_with",
-}
-
-OLDER_VALUES: dict[str, dict[Any, Any]] = {
-    "LoRA_type": {"LoCon": "LyCORIS/LoCon"},
-    "xformers": {True: "xformers", False: "none", "true": "xformers", "false": "none", "": "none"},
-    "save_precision": {"fp32": "float", "no": "float"},
-    "mixed_precision": {"fp32": "no", "float": "no"},
-    "log_with": {True: "wandb", False: "", "True": "wandb", "False": "", "true": "wandb", "false": "", "0": ""},
-    "dynamo_backend": {"": "no", "eager": "no", "aot_eager": "no"},
-    "bucket_reso_steps": {1: 8, "1": 8},  # the VAE takes no smaller ones
-    "optimizer": {"AdamW 8bit": "AdamW8bit", "AdaFactor": "Adafactor"},
-}
-
 DESCRIPTION = "description"
+MOST_NOTES = 5
+"""Of settings without effect; more would hide what else is told."""
 
 # Known to kohya_ss and not supported (yet); beside each the values at which it changes nothing.
 PENDING: dict[str, tuple[Any, ...]] = {
@@ -64,7 +45,7 @@ class Note:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.message}"
+        return f"{self.key}: {self.message}" if self.key else self.message
 
 
 @dataclass(frozen=True)
@@ -86,7 +67,7 @@ def read(flat: Mapping[str, Any]) -> Preset:
     kept: dict[str, Any] = {}
     notes: list[Note] = []
     for key, value in flat.items():
-        known = OLDER_KEYS.get(key, key)
+        known = older.KEYS.get(key, key)
         if known not in PARAMETERS:
             kept[key] = value
             note = _note(key, value, flat)
@@ -99,7 +80,7 @@ def read(flat: Mapping[str, Any]) -> Preset:
                 notes.append(Note("converted", key, f"left aside, since its newer name {known} is there too"))
                 continue
             notes.append(Note("converted", key, f"is now called {known}"))
-        newer = _newer_value(known, value)
+        newer = older.newer_value(PARAMETERS[known], value)
         if newer is not value:
             notes.append(Note("converted", key, f"{value!r} is read as {newer!r}"))
         values[known] = newer
@@ -110,8 +91,12 @@ def read(flat: Mapping[str, Any]) -> Preset:
 
 
 def unused(values: Mapping[str, Any]) -> list[Note]:
-    """What is set and has no effect with the other settings."""
-    return [Note("without effect", key, message) for key, message in without_effect(values).items()]
+    """What is set and has no effect with the other settings; one note for all where they are many."""
+    found = without_effect(values)
+    if len(found) > MOST_NOTES:
+        labels = ", ".join(f"{PARAMETERS[key].label} ({key})" for key in found)
+        return [Note("without effect", "", f"{len(found)} settings change nothing with the others: {labels}.")]
+    return [Note("without effect", key, message) for key, message in found.items()]
 
 
 def overridden(preset: Preset, words: Sequence[str]) -> Preset:
@@ -127,19 +112,6 @@ def overridden(preset: Preset, words: Sequence[str]) -> Preset:
     if problems:
         raise ConfigError(problems)
     return replace(preset, values={**values, KEY: "", **given})
-
-
-def _newer_value(key: str, value: Any) -> Any:
-    table = OLDER_VALUES.get(key, {})
-    spelled = value.strip() if isinstance(value, str) else value
-    if isinstance(spelled, (str, bool, int)) and spelled in table:
-        return table[spelled]
-    choices = PARAMETERS[key].choices
-    if isinstance(spelled, str) and spelled not in choices:
-        for choice in choices:
-            if choice.lower() == spelled.lower():
-                return choice
-    return value
 
 
 def _note(key: str, value: Any, flat: Mapping[str, Any]) -> Note | None:

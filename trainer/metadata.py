@@ -2,7 +2,7 @@
 
 Names and formats are those that sd-scripts writes and that the web UIs, model managers and
 metadata editors read: every value is text; lists and tables are JSON; what is unset is "None".
-Paths are never stored, only their last part.
+Paths are never stored, only their last part. One entry is this program's own: all settings (trainer/lora/settings.py).
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from trainer.data.buckets import Placement
 from trainer.data.captions import tag_frequency
 from trainer.data.folders import Dataset
 from trainer.length import Length
+from trainer.lora import settings
+from trainer.lora.recognise import CONVOLUTION, by_layer
 from trainer.models.facts import Family
-from trainer.optim import warmup_steps
+from trainer.networks import Network
+from trainer.networks.blocks import RANKED, settings_of_file
 from trainer.paths import base_model, resolve
 from trainer.schema import Config
 from trainer.schema.algorithms import TYPES, USES
@@ -85,12 +88,18 @@ def describe(
     family: Family,
     seed: int,
     length: Length,
+    network: Network,
+    precision: str,
     dataset: Dataset,
     placements: Sequence[Placement],
     repeats: Sequence[int],
     files: Mapping[str, str],
 ) -> Description:
-    """Everything about a run that its files should tell. `repeats`: reads an epoch of each picture; `files`: `model_files`."""
+    """Everything about a run that its files should tell.
+
+    `precision`: the one that it computes in; `repeats`: reads an epoch of each picture; `files`: `model_files`.
+    """
+    config = _as_trained(config, network, precision)
     training, optim, data, captions = config.training, config.optim, config.data, config.captions
     noise = config.objective
     prediction = "v_prediction" if config.model.v_parameterization else "epsilon"
@@ -102,13 +111,15 @@ def describe(
         reg: sum(r for p, r in zip(dataset.pictures, repeats, strict=True) if p.regularisation == reg)
         for reg in (False, True)
     }
-    arguments_of_network = _network_arguments(config)
+    sizes = _sizes(network) if config.network.dim_from_weights else {}
+    arguments_of_network = _network_arguments(config, sizes)
+    chooses_rates = optim.relative_step
     values: dict[str, Any] = {
         "ss_session_id": str(int.from_bytes(hashlib.blake2b(str(time.time_ns()).encode()).digest()[:4], "big")),
         "ss_output_name": config.saving.name,
-        "ss_learning_rate": optim.learning_rate,
-        "ss_unet_lr": unet_rate(config),
-        "ss_text_encoder_lr": text_encoder_rate(config),
+        "ss_learning_rate": None if chooses_rates else optim.learning_rate,
+        "ss_unet_lr": None if chooses_rates else unet_rate(config),
+        "ss_text_encoder_lr": None if chooses_rates else text_encoder_rate(config),
         "ss_num_train_images": seen[False],
         "ss_num_reg_images": seen[True],
         "ss_num_batches_per_epoch": length.batches_per_epoch,
@@ -116,11 +127,11 @@ def describe(
         "ss_max_train_steps": length.total_steps,
         "ss_gradient_checkpointing": training.checkpointing,
         "ss_gradient_accumulation_steps": training.accumulation,
-        "ss_lr_warmup_steps": warmup_steps(optim, length.total_steps),
-        "ss_lr_scheduler": optim.scheduler,
+        "ss_lr_warmup_steps": optim.warmup_of(length.total_steps),
+        "ss_lr_scheduler": "adafactor" if chooses_rates else optim.scheduler,
         "ss_network_module": TYPES[config.network.type].program,
-        "ss_network_dim": config.network.rank,
-        "ss_network_alpha": config.network.alpha,
+        "ss_network_dim": sizes.get("network_dim", config.network.rank),
+        "ss_network_alpha": sizes.get("network_alpha", config.network.alpha),
         "ss_network_dropout": config.network.dropout or None,
         **({"ss_network_args": json.dumps(arguments_of_network)} if arguments_of_network else {}),
         "ss_scale_weight_norms": config.network.max_norm or None,
@@ -166,6 +177,7 @@ def describe(
         "ss_min_bucket_reso": data.min_bucket_side,
         "ss_max_bucket_reso": data.max_bucket_side,
         "ss_tag_frequency": json.dumps(tag_frequency(dataset)),
+        settings.ENTRY: settings.written(config),
         "ss_bucket_info": json.dumps(_bucket_info(placements, repeats, enabled=data.buckets)),
         "ss_dataset_dirs": json.dumps(_folders(dataset, regularisation=False)),
         "ss_reg_dataset_dirs": json.dumps(_folders(dataset, regularisation=True)),
@@ -195,8 +207,44 @@ def _words(saving: Saving) -> dict[str, str]:
     }
 
 
-def _network_arguments(config: Config) -> dict[str, str | float]:
-    """What was set of the network beyond rank and alpha, by the names and in the form of sd-scripts."""
+def _as_trained(config: Config, network: Network, precision: str) -> Config:
+    """The settings with what the machine, or the file that ranks were taken from, made of them."""
+    made: dict[str, Any] = {"training": config.training.model_copy(update={"precision": precision})}
+    if config.network.dim_from_weights:
+        made["network"] = settings_of_file(config.network, network.tensors())
+        sizes = ("ranks", "alphas", "conv_ranks", "conv_alphas")
+        made["blocks"] = config.blocks.model_copy(update=dict.fromkeys(sizes))
+    return config.model_copy(update=made)
+
+
+def _sizes(network: Network) -> dict[str, str]:
+    """Rank and alpha of what is trained, by preset key: the number, or "Dynamic" where layers differ, as sd-scripts has it."""
+    layers = by_layer(network.tensors())
+    large = {
+        name
+        for name, roles in layers.items()
+        if CONVOLUTION.search(name)
+        or any(tensor.shape[2:] == (3, 3) for role, tensor in roles.items() if role != "oft_blocks")
+    }
+    told = {}
+    for names, rank, alpha in (
+        (layers.keys() - large, "network_dim", "network_alpha"),
+        (large, "conv_dim", "conv_alpha"),
+    ):
+        some = [layers[name] for name in names]
+        ranks = {roles[role].shape[at] for roles in some for role, at in RANKED.items() if role in roles}
+        alphas = {float(roles["alpha"]) for roles in some if "alpha" in roles}
+        for key, numbers in ((rank, ranks), (alpha, alphas)):
+            if numbers:
+                told[key] = f"{numbers.pop():g}" if len(numbers) == 1 else "Dynamic"
+    return told
+
+
+def _network_arguments(config: Config, sizes: Mapping[str, str]) -> dict[str, str | float]:
+    """What was set of the network beyond rank and alpha, by the names and in the form of sd-scripts.
+
+    `sizes`: those of a file that they were taken from.
+    """
     settings, blocks, optim = config.network, config.blocks, config.optim
     convolutions = "conv_dim" in USES[settings.type]
     algo = TYPES[settings.type].algo
@@ -213,8 +261,8 @@ def _network_arguments(config: Config) -> dict[str, str | float]:
         "rank_dropout_scale": settings.rank_dropout_scale,
         "train_norm": settings.norms,
         "unit" if not algo else "block_size": settings.unit if "unit" in USES[settings.type] else None,
-        "conv_dim": str(settings.conv_rank) if convolutions else None,
-        "conv_alpha": f"{settings.conv_alpha:g}" if convolutions else None,
+        "conv_dim": sizes.get("conv_dim") if sizes else str(settings.conv_rank) if convolutions else None,
+        "conv_alpha": sizes.get("conv_alpha") if sizes else f"{settings.conv_alpha:g}" if convolutions else None,
         "rank_dropout": settings.rank_dropout,
         "module_dropout": settings.module_dropout,
         "down_lr_weight": blocks.down_weights,

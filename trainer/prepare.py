@@ -225,6 +225,8 @@ def prepare(
             family=model.family,
             seed=seed,
             length=length,
+            network=network,
+            precision=precision,
             dataset=dataset,
             placements=placements,
             repeats=repeats,

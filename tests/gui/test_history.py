@@ -206,3 +206,12 @@ def test_of_two_runs_that_wrote_a_state_of_that_name_the_later_one_is_the_origin
     second.events.write_text(text)
     third.events.write_text(third.events.read_text().replace("two-state", "one-state"))
     assert history.origin(third) == (second, 20) and history.origin(second) == (first, 10)
+
+
+def test_the_lowest_loss_is_not_that_of_the_first_steps_which_are_no_average_yet(tmp_path):
+    run = Run(tmp_path / "20260101-000000-cat")
+    run.folder.mkdir()
+    events = EventLog(run.events)
+    for step, average in ((1, 0.01), (9, 0.02), (10, 0.3), (50, 0.2), (100, 0.25)):
+        events.emit(Step(step, 100, 1, 1, 9.0, average, 1e-4, None, 2.0, None, 0))
+    assert history.outcome(run)["lowest"] == [50, 0.2]

@@ -78,7 +78,7 @@ def test_each_combination_is_checked_and_a_problem_names_the_first_that_has_it()
     [
         (["learning_rate", "1e-4, 5e-5"], {}, "has no effect: Unet learning rate (unet_lr) and"),
         (["network_dropout", "0, 0.1"], {"LoRA_type": "LyCORIS/LoHa"}, "LyCORIS/LoHa does not use it"),
-        (["noise_offset", "0, 0.1"], {"noise_offset_type": "Multires"}, "does not apply"),
+        (["noise_offset", "0, 0.1"], {"noise_offset_type": "Multires"}, "(noise_offset_type) is Multires"),
         (["epoch", "1, 2"], {"max_train_steps": "100"}, "Max train steps (max_train_steps) goes before it"),
         (["learning_rate", "1e-4, 5e-5"], {"unet_lr": ""}, ""),
     ],

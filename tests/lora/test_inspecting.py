@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from tests import reference
-from tests.lora.conftest import KOHYA, cloneofsimo, pair, plain
+from tests.lora.conftest import KOHYA, TEXT, cloneofsimo, pair, plain
+from tests.test_any_settings import values_of
 from trainer import kohya
+from trainer.lora import settings as kept
 from trainer.lora.inspecting import inspect
 from trainer.schema import PARAMETERS, read
+from trainer.schema.algorithms import TYPES, types_using
 
 SD_SCRIPTS = reference.read("sd15_lora_keys")
 
@@ -29,7 +32,7 @@ def of_sd_scripts(write):
 def test_the_settings_of_a_training_with_sd_scripts(of_sd_scripts):
     preset = of_sd_scripts().preset
     expected = {
-        "LoRA_type": "Standard", "network_dim": 8, "network_alpha": 1.0, "learning_rate": 1e-4, "unet_lr": 1e-4,
+        "LoRA_type": "Standard", "network_dim": 4, "network_alpha": 2.0, "learning_rate": 1e-4, "unet_lr": 1e-4,
         "text_encoder_lr": 5e-5, "epoch": 1, "max_train_steps": 10, "optimizer": "AdamW", "optimizer_args": "",
         "lr_scheduler": "constant", "lr_warmup": 0, "lr_warmup_steps": 0, "mixed_precision": "no", "seed": 42,
         "max_resolution": "256,256", "enable_bucket": True, "bucket_no_upscale": False, "min_bucket_reso": 128,
@@ -60,7 +63,7 @@ def test_the_settings_are_a_preset_that_the_form_takes(of_sd_scripts):
     assert not read_back.kept and not read_back.notes
     config, problems = read(read_back.values)
     assert problems == []
-    assert config.network.rank == 8 and config.optim.arguments == {"weight_decay": 0.01, "betas": (0.9, 0.99)}
+    assert config.network.rank == 4 and config.optim.arguments == {"weight_decay": 0.01, "betas": (0.9, 0.99)}
 
 
 def test_our_own_file_gives_back_the_preset_that_made_it(settings, train, tmp_path):
@@ -79,7 +82,84 @@ def test_our_own_file_gives_back_the_preset_that_made_it(settings, train, tmp_pa
     said = {key: value for key, value in given.items() if key in found.preset}
     assert {key: found.preset[key] for key in said} == said
     assert len(said) >= 25
+    assert found.defaults == ()
     assert found.tags["2_photo"]["a cat"] == 1
+
+
+@pytest.mark.parametrize("key", sorted(kept.keys()))
+def test_every_setting_that_weights_depend_on_comes_back(write, key):
+    p = PARAMETERS[key]
+    among = {"LoRA_type": (types_using(key) or ("Standard",))[0]}
+
+    def held(values):
+        return getattr(getattr(read(among | values)[0], p.group), p.name)
+
+    changed = next({key: value} for value in (*values_of(p), 32) if held({key: value}) != held({}))
+    config, _ = read(among | changed)
+    tensors = pair(KOHYA, config.network.rank) | pair(TEXT, config.network.rank, out=768)
+    program = TYPES[config.network.type].program
+    found = inspect(write(tensors, {kept.ENTRY: kept.written(config), "ss_network_module": program}))
+    assert held(found.preset) == held(changed)
+
+
+def test_arguments_come_back_as_they_are_entered():
+    given = "betas=0.9,0.99 weight_decay=0.1 amsgrad=True foreach=None"
+    config, _ = read({"optimizer": "AdamW", "optimizer_args": given})
+    assert kept.read(kept.written(config))["optimizer_args"] == given
+
+
+def test_no_place_secret_or_prompt_is_kept_in_a_file_and_none_is_taken_from_one():
+    private = {
+        "pretrained_model_name_or_path": "/private/model", "train_data_dir": "/private/images", "vae": "/private/vae",
+        "reg_data_dir": "/private/others", "network_weights": "/private/lora", "output_dir": "/private/out",
+        "logging_dir": "/private/logs", "resume": "/private/state", "sample_prompts": "private prompt",
+        "wandb_api_key": "private key", "additional_parameters": "--training_comment private",
+    }  # fmt: skip
+    assert "private" not in kept.written(read(private)[0])
+    assert kept.read(json.dumps(private | {"network_dim": [8], "epoch": 3})) == {"epoch": 3}
+    assert kept.read("[1]") == kept.read("{") == kept.read("") == {}
+
+
+def test_ranks_taken_from_a_file_are_told_and_not_the_ones_that_were_overruled(settings, train, tmp_path):
+    first = settings | {"network_dim": 2, "network_alpha": 1, "max_train_steps": 1}
+    assert train(first)[0] == 0
+    start = tmp_path / "out" / "photo.safetensors"
+    again = {"network_weights": str(start), "dim_from_weights": True, "network_dim": 32, "block_dims": "9" + ",9" * 24}
+    assert train(first | again | {"output_name": "again"})[0] == 0
+    found = inspect(tmp_path / "out" / "again.safetensors")
+    assert found.about.metadata["ss_network_dim"] == "2" and found.about.metadata["ss_network_alpha"] == "1"
+    assert "block_dims" not in found.about.metadata.get("ss_network_args", "")
+    assert (found.preset["network_dim"], found.preset["network_alpha"]) == (2, 1)
+    assert "block_dims" not in found.preset and "dim_from_weights" not in found.preset
+
+
+def test_the_tensors_are_believed_where_the_metadata_say_another_rank(write, of_sd_scripts):
+    assert of_sd_scripts(ss_network_dim="Dynamic", ss_network_alpha="Dynamic").preset["network_dim"] == 4
+    several = pair(KOHYA, 2) | pair(TEXT, 4, out=768)
+    found = inspect(write(several, SD_SCRIPTS["metadata"] | {"ss_network_dim": "Dynamic"}))
+    assert "network_dim" not in found.preset and "several, 2, 4" in " ".join(found.unsaid)
+
+
+def test_the_metadata_say_what_ran(settings, train, tmp_path):
+    """Adafactor chose the rates, and fp16 needs a GPU."""
+    given = settings | {"optimizer": "Adafactor", "mixed_precision": "fp16", "max_train_steps": 1}
+    assert train(given)[0] == 0
+    found = inspect(tmp_path / "out" / "photo.safetensors")
+    said = found.about.metadata
+    assert said["ss_lr_scheduler"] == "adafactor"
+    assert {said[f"ss_{rate}"] for rate in ("learning_rate", "unet_lr", "text_encoder_lr")} == {"None"}
+    ran = "fp16" if torch.cuda.is_available() else "bf16"
+    assert said["ss_mixed_precision"] == found.preset["mixed_precision"] == ran
+    assert (found.preset["lr_scheduler"], found.preset["learning_rate"]) == ("cosine", 1e-2)
+
+
+def test_rates_that_adafactor_chose_are_none_and_its_parts_are_trained(of_sd_scripts):
+    rates = {"ss_learning_rate": "None", "ss_unet_lr": "None", "ss_text_encoder_lr": "None"}
+    preset = of_sd_scripts(
+        **rates, ss_optimizer="transformers.optimization.Adafactor", ss_lr_scheduler="adafactor:0.0005"
+    ).preset
+    assert (preset["lr_scheduler"], preset["learning_rate"], preset["unet_lr"]) == ("adafactor", 5e-4, "")
+    assert read(preset)[1] == []
 
 
 def test_what_the_file_does_not_say_is_listed(of_sd_scripts):

@@ -57,6 +57,33 @@ def test_words_as_sd_scripts_takes_them_are_read():
     assert additional("--network_train_text_encoder_only --seed 7").optim.unet_lr == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "group", "name", "value"),
+    [
+        ("--LoRA_type LoCon", "network", "type", "LyCORIS/LoCon"),
+        ("--save_precision fp32", "saving", "precision", "float"),
+        ("--mixed_precision fp32", "training", "precision", "no"),
+        ("--optimizer adamw8bit", "optim", "optimizer", "AdamW8bit"),
+        ("--xformers", "training", "attention", "xformers"),
+        ("--xformers false", "training", "attention", "none"),
+        ("--wandb --seed 7", "tracking", "trackers", "wandb"),
+        ("--lora_network_weights a.safetensors", "network", "weights", "a.safetensors"),
+        ("--stop_text_encoder_training_pct 10", "optim", "stop_text_encoder_percent", 10),
+        ("--conv_dims " + ",".join("2" * 25), "blocks", "conv_ranks", (2,) * 25),
+    ],
+)
+def test_older_keys_and_values_are_read_here_as_in_presets(text, group, name, value):
+    for config in (additional(text), schema.parse(kohya.overridden(Preset({}), shlex.split(text)).values)):
+        assert getattr(getattr(config, group), name) == value
+
+
+def test_additional_parameters_can_be_given_on_the_command_line():
+    words = ["--additional_parameters", "--network_dim 16", "--seed", "3"]
+    config = schema.parse(kohya.overridden(Preset({}), words).values)
+    assert (config.network.rank, config.training.seed) == (16, 3)
+    assert schema.parse(kohya.overridden(Preset({}), ["--additional_parameters", "--flip_aug"]).values).data.flip
+
+
 @pytest.mark.parametrize("key", [k for k, p in PARAMETERS.items() if p.kind in ("integer", "number")])
 def test_every_number_of_the_schema_can_be_set(key):
     p = PARAMETERS[key]

@@ -1,7 +1,7 @@
 """What a LoRA file was trained on and with, and the settings to train so again.
 
-The sources are its tensors and the `ss_*` entries of its header, which sd-scripts writes, and so do
-kohya_ss, this program and others. Values are text there; "None" is what was not set.
+The sources are its tensors, the entry that this program keeps all settings in, and the `ss_*` entries of its header, which
+sd-scripts writes, and so do kohya_ss, this program and others. Values are text there; "None" is what was not set.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from trainer.lora import settings
 from trainer.lora.recognise import Lora, recognise
 from trainer.models.facts import FAMILIES
 from trainer.schema import PARAMETERS
@@ -24,9 +25,9 @@ from trainer.schema.algorithms import TYPES, types_using
 # Entries that are a setting as it stands: entry → preset key, and the value that "None" means there.
 AS_IT_STANDS: Mapping[str, tuple[str, Any]] = {
     "ss_output_name": ("output_name", ""),
-    "ss_learning_rate": ("learning_rate", 0),
-    "ss_unet_lr": ("unet_lr", 0),
-    "ss_text_encoder_lr": ("text_encoder_lr", 0),
+    "ss_learning_rate": ("learning_rate", None),
+    "ss_unet_lr": ("unet_lr", ""),
+    "ss_text_encoder_lr": ("text_encoder_lr", ""),
     "ss_gradient_checkpointing": ("gradient_checkpointing", False),
     "ss_gradient_accumulation_steps": ("gradient_accumulation_steps", 1),
     "ss_lr_scheduler": ("lr_scheduler", "constant"),
@@ -133,6 +134,7 @@ OF_NO_EFFECT = [
     "xformers",
     "mem_eff_attn",
     "num_cpu_threads_per_process",
+    "gpu_ids",
     "max_data_loader_n_workers",
     "persistent_data_loader_workers",
     "network_weights",
@@ -234,13 +236,18 @@ def _plain(text: str) -> Any:
     return text
 
 
+def _number(key: str, text: str) -> Any:
+    """The same; None where a control wants a number and the file says none, as "Dynamic" of ranks that differ."""
+    value = _plain(text)
+    return None if isinstance(value, str) and PARAMETERS[key].kind in ("integer", "number") else value
+
+
 def _preset(lora: Lora, said: _Metadata) -> dict[str, Any]:
     preset: dict[str, Any] = {}
     for entry, (key, off) in AS_IT_STANDS.items():
         if entry in said.entries:
             text = said.entries[entry]
-            preset[key] = off if text == "None" else text if PARAMETERS[key].kind == "text" else _plain(text)
-    preset |= _network(lora, said)
+            preset[key] = off if text == "None" else text if PARAMETERS[key].kind == "text" else _number(key, text)
     preset |= _length(said)
     preset |= _data(said)
     if said.text("ss_optimizer"):
@@ -254,40 +261,60 @@ def _preset(lora: Lora, said: _Metadata) -> dict[str, Any]:
     if sides := re.findall(r"\d+", said.text("modelspec.timestep_range")):
         preset |= {"min_timestep": int(sides[0]), "max_timestep": int(sides[-1])}
     version, prediction = said.text("ss_base_model_version"), said.text("modelspec.prediction_type")
+    scheduler, _, first_rate = str(preset.get("lr_scheduler", "")).partition(":")
+    if first_rate:  # as sd-scripts tells the rate that Adafactor begins with
+        preset |= {"lr_scheduler": scheduler, "learning_rate": _plain(first_rate)}
     for family in FAMILIES.values():
         if family.switch:
             preset[family.switch] = family.name == lora.family or preset.get(family.switch) is True
     preset["v_parameterization"] = version.endswith("_v") or prediction == "v"
+    preset |= _network(lora, said) | settings.read(said.text(settings.ENTRY))
+    preset |= _by_tensors(lora, preset) | {"LoRA_type": _type(lora, said)}
     kinds = Counter(tensor.dtype for tensor in lora.tensors.values())
     preset["save_precision"] = {"F16": "fp16", "BF16": "bf16"}.get(kinds.most_common(1)[0][0], "float")
     return preset
 
 
 def _network(lora: Lora, said: _Metadata) -> dict[str, Any]:
-    """LoRA type, ranks and what else was set of the network."""
+    """What the network's arguments say."""
     arguments = said.table("ss_network_args")
     arguments = arguments if isinstance(arguments, dict) else {}
-    preset = {
-        key: value if not isinstance(value, str) or PARAMETERS[key].kind == "text" else _plain(value)
+    return {
+        key: value if not isinstance(value, str) or PARAMETERS[key].kind == "text" else _number(key, value)
         for name, key in NETWORK_ARGUMENTS.items()
         if key in PARAMETERS and (value := arguments.get(name)) not in (None, "", "None")
     }
+
+
+def _type(lora: Lora, said: _Metadata) -> str:
+    """The LoRA type: by its tensors where only one writes them, else by what the training program called it."""
+    arguments = said.table("ss_network_args")
+    arguments = arguments if isinstance(arguments, dict) else {}
     module, algo = said.text("ss_network_module"), str(arguments.get("algo", "")).replace("_", "-").lower()
+    kept = settings.read(said.text(settings.ENTRY)).get("LoRA_type")
+    if kept in TYPES and TYPES[kept].program == module and lora.type in ("", kept):
+        return str(kept)
     by_algo = {row.algo: label for label, row in TYPES.items() if row.algo}
     label = lora.type or by_algo.get({"lora": "locon", "": "locon"}.get(algo, algo) if "lycoris" in module else "", "")
     if not label:
         label = next((name for name, row in TYPES.items() if row.program == module != "networks.lora"), "")
     if not label:
         label = "Kohya LoCon" if lora.conv_ranks else "Standard"
-    preset["LoRA_type"] = label
-    if len(lora.ranks) == 1 and "ss_network_dim" not in said.entries:
-        preset["network_dim"] = next(iter(lora.ranks))
-    if len(lora.conv_ranks) == 1 and "conv_dim" not in preset:
-        preset["conv_dim"] = next(iter(lora.conv_ranks))
+    return label
+
+
+def _by_tensors(lora: Lora, preset: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tensors show and the metadata do not say, or say wrongly: a file may have been made smaller since."""
+    found: dict[str, Any] = {}
+    for key, ranks in (("network_dim", lora.ranks), ("conv_dim", lora.conv_ranks)):
+        if len(ranks) == 1 and (rank := next(iter(ranks))) != preset.get(key):
+            found[key] = rank
+    if "network_dim" in found and len(alphas := _alphas(lora)) == 1:
+        found["network_alpha"] = alphas.pop()
     for part, key in (("unet", "unet_lr"), ("text_encoder", "text_encoder_lr")):
         if part not in lora.parts:
-            preset[key] = 0
-    return preset
+            found[key] = 0
+    return found
 
 
 def _length(said: _Metadata) -> dict[str, Any]:
@@ -347,7 +374,7 @@ def _unsaid(lora: Lora, said: _Metadata) -> list[str]:
         lines.append(
             f"It was trained on {len(said.datasets())} data sets with settings of their own; the first's are here."
         )
-    if len(lora.ranks) > 1 and "ss_network_dim" not in said.entries:
+    if len(lora.ranks) > 1 and _number("network_dim", said.text("ss_network_dim")) is None:
         lines.append(f"{PARAMETERS['network_dim'].label}: its layers have several, {_counts(lora.ranks)}.")
     return lines
 
@@ -381,7 +408,7 @@ def _facts(lora: Lora, said: _Metadata) -> list[tuple[str, str]]:
     facts = {
         "Names": lora.naming,
         "Made for": family,
-        "LoRA type": _network(lora, said)["LoRA_type"],
+        "LoRA type": _type(lora, said),
         "Ranks": _counts(lora.ranks) + (f"; 3×3 convolutions {_counts(lora.conv_ranks)}" if lora.conv_ranks else ""),
         "Alphas": _counts(_alphas(lora)),
         "Parts": " and ".join(sorted({"unet": "U-Net", "text_encoder": "text encoder"}[part] for part in lora.parts)),

@@ -25,7 +25,7 @@ from trainer.schema.network import Network
 from trainer.schema.objective import Objective
 from trainer.schema.optim import Optim
 from trainer.schema.overrides import with_additional
-from trainer.schema.rules import claimed_family, conflicts, rates_of_their_own
+from trainer.schema.rules import claimed_family, conflicts, idle
 from trainer.schema.samples import Samples
 from trainer.schema.tracking import Tracking
 from trainer.schema.training import Training
@@ -84,12 +84,13 @@ def _by_type(parameter: Parameter) -> Parameter:
 PARAMETERS: Mapping[str, Parameter] = _in_order_of_the_form()
 
 
-OVERRULED = {
-    "epoch": ("max_train_steps", "max_train_epochs"),
-    "max_train_epochs": ("max_train_steps",),
-    "lr_warmup": ("lr_warmup_steps",),
+SAME_AS_UNSET: Mapping[str, tuple[float, ...]] = {
+    "lr_scheduler_num_cycles": (1,),
+    "lr_scheduler_power": (1,),
+    "max_bucket_reso": (1024, 2048),
+    "multires_noise_discount": (0.3,),
 }
-"""Controls that have no effect while one of others is set."""
+"""What presets of kohya_ss hold where nobody touched a control, beside its default here."""
 
 
 def defaults() -> dict[str, Any]:
@@ -124,27 +125,38 @@ def read(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
 def without_effect(values: Mapping[str, Any], asked: Collection[str] = ()) -> dict[str, str]:
     """What is set and changes nothing, by key, with the value and the reason in words; of those `asked` for, defaults too."""
     config, _ = _typed(values)
-    reasons = {p.key: f"{_told('LoRA_type')} {config.network.type} does not use it" for p in _unused(config)}
-    for key, others in OVERRULED.items():
-        if first := next((other for other in others if _value(config, other)), None):
-            reasons[key] = f"{_told(first)} goes before it"
-    if rates_of_their_own(config):
-        rates = f"{_told('unet_lr')} and {_told('text_encoder_lr')} go before it"
-        reasons["learning_rate"] = f"{rates}. Set those, or empty them"
+    entered, _ = with_additional(values, PARAMETERS)
+    reasons = dict(idle(_with_what_the_type_uses(config)))
+    reasons |= {p.key: why for p in PARAMETERS.values() if (why := _unmet(p, config)) and p.kind != "secret"}
     found = {}
     for key, reason in reasons.items():
-        value, default = _value(config, key), _value(Config(), key)
-        if key in asked or value not in (default, config.optim.unet_lr if key == "learning_rate" else default):
-            found[key] = f"{value} has no effect: {reason}"
+        if key in asked or _is_set(key, config):
+            found[key] = f"{_spoken(entered.get(key, _value(config, key)))} has no effect: {reason}."
     return found
+
+
+def _unmet(parameter: Parameter, config: Config) -> str:
+    """The first of a control's conditions that the settings do not meet, in words; "" where they meet all."""
+    for other, allowed in parameter.when.items():
+        if (value := _value(config, other)) not in allowed:
+            told = f"{PARAMETERS[other].label} ({other})"
+            return f"{told} {value} does not use it" if other == "LoRA_type" else f"{told} is {_spoken(value)}"
+    return ""
+
+
+def _is_set(key: str, config: Config) -> bool:
+    """Whether a control says anything: it is neither off nor as it was before somebody touched it."""
+    value = _value(config, key)
+    same = {"learning_rate": (config.optim.unet_lr,), **SAME_AS_UNSET}.get(key, ())
+    return bool(value) and value != _value(Config(), key) and value not in same
 
 
 def _value(config: Config, key: str) -> Any:
     return getattr(getattr(config, PARAMETERS[key].group), PARAMETERS[key].name)
 
 
-def _told(key: str) -> str:
-    return f"{PARAMETERS[key].label} ({key})"
+def _spoken(value: Any) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
 def _typed(values: Mapping[str, Any]) -> tuple[Config, list[Problem]]:

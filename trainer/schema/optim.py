@@ -22,6 +22,9 @@ WARMING = tuple(name for name in SCHEDULERS if name not in ("constant", "adafact
 CYCLING = ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")
 
 
+WORDS = {"true": True, "false": False, "none": None}
+
+
 def parse_arguments(text: Any) -> Any:
     """`"weight_decay=0.1" betas=0.9,0.99` as a dict; values become Python literals where they are.
 
@@ -43,11 +46,18 @@ def parse_arguments(text: Any) -> Any:
 
 
 def _literal(text: str) -> Any:
-    """A Python literal (`0.1`, `True`, `0.9,0.99`), or else the text itself."""
+    """A Python literal (`0.1`, `0.9,0.99`; `true`, `false` and `none` in any case), or else the text itself."""
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def steps_of(number: float, total_steps: int) -> int:
+    """A number of steps, which may be given as a share of all."""
+    return int(number * total_steps) if isinstance(number, float) and number < 1 else int(number)
 
 
 Arguments = Annotated[dict[str, Any], BeforeValidator(parse_arguments)]
@@ -239,6 +249,10 @@ class Optim(Group):
     def row(self) -> Row:
         """The optimizer's class and what is special about it."""
         return OPTIMIZERS[self.optimizer]
+
+    def warmup_of(self, total_steps: int) -> int:
+        """Steps over which the rate climbs from 0."""
+        return self.warmup_steps or int(total_steps * self.warmup_percent / 100)
 
     @property
     def relative_step(self) -> bool:

@@ -176,7 +176,7 @@ SCHEDULERS = {
     "adafactor": "",
     "constant": "",
     "constant_with_warmup": "",
-    "cosine": "",
+    "cosine": "num_cycles",
     "cosine_with_restarts": "num_cycles",
     "linear": "",
     "polynomial": "power lr_end",

@@ -9,6 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 from trainer.errors import ConfigError, Problem
+from trainer.schema import older
 from trainer.schema.declare import Parameter
 
 KEY = "additional_parameters"
@@ -24,7 +25,7 @@ PAIRS = ("optimizer_args", "lr_scheduler_args")
 def overrides(words: Sequence[str], parameters: Mapping[str, Parameter]) -> tuple[dict[str, str], list[str]]:
     """`--name value` and `--name=value` as preset keys and values, and what is wrong with the rest.
 
-    A switch alone is on. A value may begin with one dash, as negative numbers do.
+    A switch alone is on. A value may begin with one dash, as negative numbers do. Older names are read, too.
     """
     found: dict[str, str] = {}
     wrong: list[str] = []
@@ -33,7 +34,7 @@ def overrides(words: Sequence[str], parameters: Mapping[str, Parameter]) -> tupl
         word = left.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
         has_value = bool(equals)
-        if not equals and left and not left[0].startswith("--"):
+        if not equals and left and (name == KEY or not left[0].startswith("--")):
             value, has_value = left.pop(0), True
         if name in PAIRS:
             further = list(takewhile(lambda word: not word.startswith("--"), left))
@@ -44,13 +45,17 @@ def overrides(words: Sequence[str], parameters: Mapping[str, Parameter]) -> tupl
             has_value = True
         if not word.startswith("--"):
             wrong.append(f'"{word}" does not belong to a parameter; write --name value, with quotes around blanks.')
-        elif name not in parameters:
+            continue
+        name = older.KEYS.get(name, name)
+        if name not in parameters:
             near = difflib.get_close_matches(name, parameters, 1)
             wrong.append(f'"--{name}" is not a parameter' + (f"; did you mean --{near[0]}?" if near else "."))
-        elif not has_value and parameters[name].kind != "switch":
-            wrong.append(f"--{name} needs a value behind it.")
+            continue
+        value = older.newer_value(parameters[name], value if has_value else "true")
+        if has_value or parameters[name].kind == "switch" or value != "true":
+            found[name] = value
         else:
-            found[name] = value if has_value else "true"
+            wrong.append(f"--{name} needs a value behind it.")
     return found, wrong
 
 

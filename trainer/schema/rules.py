@@ -130,6 +130,45 @@ def conflicts(config: Config) -> Iterator[Problem]:
         )
 
 
+def idle(config: Config) -> Iterator[tuple[str, str]]:
+    """Controls that have no effect with the others' values, and why; beside those whose own declaration says `when`."""
+    network, saving, training, optim = config.network, config.saving, config.training, config.optim
+    of_text_encoder = "stop_text_encoder_training loraplus_text_encoder_lr_ratio"
+    of_blocks = " ".join(field.alias or "" for field in type(config.blocks).model_fields.values())
+    rows: tuple[tuple[object, str, str], ...] = (
+        (not config.folders.regularisation, "prior_loss_weight", "Regularisation folder (reg_data_dir) is empty"),
+        (
+            not saving.every_n_steps,
+            "save_last_n_steps save_last_n_steps_state",
+            "Save every N steps (save_every_n_steps) is 0",
+        ),
+        (
+            not saving.every_n_epochs,
+            "save_last_n_epochs save_last_n_epochs_state",
+            "Save every N epochs (save_every_n_epochs) is 0",
+        ),
+        (not unet_rate(config), f"loraplus_unet_lr_ratio {of_blocks}", "Unet learning rate (unet_lr) is 0"),
+        (not text_encoder_rate(config), of_text_encoder, "Text Encoder learning rate (text_encoder_lr) is 0"),
+        (
+            network.reach.startswith("unet-"),
+            f"text_encoder_lr {of_text_encoder}",
+            f"LyCORIS Preset (LyCORIS_preset) {network.reach} leaves the text encoder alone",
+        ),
+        (training.max_epochs, "epoch", "Max train epoch (max_train_epochs) goes before it"),
+        (training.max_steps, "epoch max_train_epochs", "Max train steps (max_train_steps) goes before it"),
+        (optim.warmup_steps, "lr_warmup", "LR warmup steps (lr_warmup_steps) goes before it"),
+        (
+            rates_of_their_own(config),
+            "learning_rate",
+            "Unet learning rate (unet_lr) and Text Encoder learning rate (text_encoder_lr) go before it. Set those, or "
+            "empty them",
+        ),
+    )
+    for is_so, keys, reason in rows:
+        if is_so:
+            yield from ((key, reason) for key in keys.split())
+
+
 def claimed_family(config: Config) -> Family:
     """The family that the model's switches claim. What the file says otherwise is refused before the start."""
     return next(iter(_claimed(config)), UNCLAIMED)
