@@ -13,6 +13,7 @@ from tests.test_training import of_type
 from trainer import loop, saving
 from trainer.retention import Due, Retention
 from trainer.schema.model import Saving
+from trainer.schema.rules import LONGEST_NAME
 
 
 def names(folder):
@@ -193,6 +194,12 @@ def test_what_a_training_with_other_settings_wrote_behind_the_state_is_set_aside
     train(settings | {"resume": state, "unet_lr": 3e-4})
     aside = [name for name in names(tmp_path / "out") if "-of-" in name]
     assert len(aside) == 1 and aside[0].startswith("photo-step00000004-of-")
+
+
+def test_the_longest_name_that_is_allowed_can_be_saved_under_with_states(settings, train, tmp_path):
+    name = "x" * LONGEST_NAME
+    code, _, _ = train(settings | REGULARLY | {"output_name": name, "max_train_steps": 2})
+    assert code == 0 and f"{name}-state" in names(tmp_path / "out")
 
 
 def test_an_image_that_is_gone_after_it_was_encoded_is_missed_by_no_state(settings, train, tmp_path, monkeypatch):

@@ -175,6 +175,7 @@ def test_values_of_any_json_type_are_coerced(key, value, expected):
         ("network_dim", "0"),
         ("network_dim", [1, 2]),
         ("output_name", "a/b"),
+        ("output_name", "ü" * 101),
     ],
 )
 def test_a_bad_value_is_refused_naming_the_control_and_the_value(key, value):

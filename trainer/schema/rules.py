@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 MOST_RANK = 4096
+LONGEST_NAME = 200
+"""Bytes of an output name: file systems allow 255, of which a step, "state" and a temporary ending take up to 40."""
 
 
 def conflicts(config: Config) -> Iterator[Problem]:
@@ -116,6 +118,11 @@ def conflicts(config: Config) -> Iterator[Problem]:
             "output_name",
             f'"{config.saving.name}" cannot be a file name; use letters, digits, blanks, dots, - and _.',
         )
+    if (size := len(config.saving.name.encode(errors="replace"))) > LONGEST_NAME:
+        message = (
+            f'"{config.saving.name}" has {size} bytes, of which file systems leave room for {LONGEST_NAME}. Shorten it.'
+        )
+        yield _problem("output_name", message)
     if not config.objective.noise_offset and config.objective.adaptive_noise_scale:
         yield _problem(
             "adaptive_noise_scale",
