@@ -36,7 +36,7 @@ SHAPES: dict[str, Shape] = {
     "trial": FORM,
     "trial_stop": {},
     "outlook": {"entries": Entries},
-    "dataset": {"entries": Entries},
+    "dataset": {"entries": Entries, "find?": str, "tag?": str},
     "draws": {"entries": Entries, "batch": int},
     "thumbnails": {"entries": Entries, "paths": list[str]},
     "captions": {"how": str, "entries?": Entries},

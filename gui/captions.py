@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Captions:
         """What an order would change, and with `sure` the change: how many files, and some before and after.
 
         "write": the caption of the image `path` becomes `text`. For all training images: "replace" `find` by
-        `by`, "add" the tag `text` in front or at the `end`, "remove" the tag `text`, put `text` before ("prefix") or
+        `by`, "add" the tags in `text` in front or at the `end`, "remove" them, put `text` before ("prefix") or
         behind ("suffix") the caption, or take the caption from the file's "name" or its "folder": where there
         is no caption file, or for `all`. Raises RefusedError.
         """
@@ -149,18 +149,21 @@ def _change(order: Mapping[str, Any]) -> Callable[[Picture, str | None], str | N
         return take
     if how == "replace" and find:
         return lambda picture, before: None if before is None else first_line(before).replace(find, by).strip()
-    if how == "remove" and text:
+    tags = _tags(text)
+    if how == "remove" and tags:
         return lambda picture, before: (
             None
-            if before is None or text not in _tags(before)
-            else _joined(tag for tag in _tags(before) if tag != text)
+            if before is None or not set(tags) & set(_tags(before))
+            else _joined(tag for tag in _tags(before) if tag not in tags)
         )
-    if how in ("add", "prefix", "suffix") and text:
+    if (how == "add" and tags) or (how in ("prefix", "suffix") and text):
 
         def add(picture: Picture, before: str | None) -> str | None:
             # Where there is no file, the folder's name is the caption, and shall stay part of it.
             caption = first_line(before) if before is not None else picture.caption or ""
-            return _with_tag(caption, text, bool(order.get("end"))) if how == "add" else _with_words(caption, text, how)
+            return (
+                _with_tags(caption, tags, bool(order.get("end"))) if how == "add" else _with_words(caption, text, how)
+            )
 
         return add
     raise RefusedError("Enter what is to be found, or the tag.")
@@ -172,11 +175,13 @@ def words_of(name: str) -> str:
     return re.sub(r"^(\d+( |$))+|( \d+| ?\(\d+\))+$", "", words).strip()
 
 
-def _with_tag(caption: str, tag: str, at_end: bool) -> str | None:
+def _with_tags(caption: str, wanted: Sequence[str], at_end: bool) -> str | None:
+    """A caption with those of the wanted tags that it lacks; None where it has them all."""
     tags = _tags(caption)
-    if tag in tags:
+    lacking = [tag for tag in dict.fromkeys(wanted) if tag not in tags]
+    if not lacking:
         return None
-    return _joined([*tags, tag] if at_end else [tag, *tags])
+    return _joined([*tags, *lacking] if at_end else [*lacking, *tags])
 
 
 def _with_words(caption: str, words: str, how: str) -> str | None:

@@ -32,10 +32,11 @@ SMALL = 2
 """An image whose sides are more than so many times shorter than the resolution is worth a warning."""
 
 
-def dataset(values: Mapping[str, Any]) -> dict[str, Any]:
+def dataset(values: Mapping[str, Any], find: str = "", tag: str = "") -> dict[str, Any]:
     """Folders, images with their crop as shares of the image, buckets, tags, steps, and what is wrong.
 
-    Images are opened, not decoded. At most 2,000 of them are listed; all are counted.
+    Images are opened, not decoded. All are counted in `total`, and at most 2,000 listed: where there are more, the
+    first with `find` in name or caption and with the `tag`, and `more` says how many of these are not listed.
     """
     config, _ = settings(values)
     survey = folders.survey(config.folders, config.captions, decode=False)
@@ -44,26 +45,38 @@ def dataset(values: Mapping[str, Any]) -> dict[str, Any]:
     images, places = _placed(config, pictures, problems)
     counted = Counter(places)
     seen: Counter[Size] = Counter()
+    seen_of: Counter[Path] = Counter()
     for place, picture in zip(places, pictures, strict=True):
         seen[place] += picture.repeats
+        seen_of[picture.path.parent] += picture.repeats
     problems += [*_lonely(config, counted, seen), *overflow.problems(pictures, config.captions)]
+    matching = images if len(images) <= MOST_IMAGES else [image for image in images if _matches(image, find, tag)]
     return {
         "folders": [
             {
                 "name": subset.path.name,
                 "images": subset.images,
+                "unreadable": subset.unreadable,
                 "repeats": subset.repeats,
+                "seen": seen_of[subset.path],
                 "regularisation": subset.regularisation,
             }
             for subset in survey.dataset.subsets
         ],
-        "images": images[:MOST_IMAGES],
-        "more": max(0, len(images) - MOST_IMAGES),
+        "images": matching[:MOST_IMAGES],
+        "total": len(images),
+        "more": max(0, len(matching) - MOST_IMAGES),
         "buckets": [[*place, counted[place], seen[place]] for place in sorted(counted)],
         "tags": _tags(pictures).most_common(MOST_TAGS),
         "steps": _steps(config, places, pictures),
         "problems": [asdict(problem) for problem in problems],
     }
+
+
+def _matches(image: Mapping[str, Any], find: str, tag: str) -> bool:
+    caption = image["caption"] or ""
+    found = find.strip().lower() in f"{caption} {image['name']}".lower()
+    return found and (not tag or tag in _tags_of(caption))
 
 
 def _placed(
@@ -107,7 +120,8 @@ def _placed(
         )
     if small:
         names = ", ".join(small[:5]) + (", …" if len(small) > 5 else "")
-        message = f"{len(small)} images are much smaller, and little can be learned from them ({names}). Replace them."
+        images_are = "1 image is" if len(small) == 1 else f"{len(small)} images are"
+        message = f"{images_are} much smaller, which teaches little ({names}). Replace what is so small."
         problems.append(problem_with("max_resolution", message, "warning"))
     return images, places
 
@@ -144,8 +158,12 @@ def _tags(pictures: Sequence[Picture]) -> Counter[str]:
     """How many images have each tag: what stands between commas in a caption."""
     counts: Counter[str] = Counter()
     for picture in pictures:
-        counts.update({tag.strip() for tag in (picture.caption or "").split(",") if tag.strip()})
+        counts.update(_tags_of(picture.caption or ""))
     return counts
+
+
+def _tags_of(caption: str) -> set[str]:
+    return {tag.strip() for tag in caption.split(",") if tag.strip()}
 
 
 def _steps(config: Config, places: Sequence[Size], pictures: Sequence[Picture]) -> dict[str, int] | None:

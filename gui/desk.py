@@ -140,7 +140,8 @@ class Desk:
         from gui.dataset import dataset
 
         values = form.read(ask["entries"])
-        return {**dataset(values), "undo": self.captioning.undoable(), "locked": self.captioning.locked(values)}
+        found = dataset(values, ask.get("find", ""), ask.get("tag", ""))
+        return {**found, "undo": self.captioning.undoable(), "locked": self.captioning.locked(values)}
 
     def inspect(self, ask: Ask) -> Answer:
         """What a look at the images' pixels tells; asked again until all are done."""

@@ -42,16 +42,18 @@ def inspect(values: Mapping[str, Any], patience_s: float = PATIENCE_S) -> dict[s
     What was seen is remembered, so that asking again goes on where it stopped.
     """
     config, _ = settings(values)
-    pictures = folders.survey(config.folders, config.captions, decode=False).dataset.pictures
+    survey = folders.survey(config.folders, config.captions, decode=False)
+    pictures, unreadable = survey.dataset.pictures, survey.unreadable
+    total = len(pictures) + len(unreadable)
     until = time.monotonic() + patience_s
     looks: dict[str, Look] = {}
     for picture in pictures:
         if looks and time.monotonic() > until:
-            return {"done": len(looks), "total": len(pictures), "problems": []}
+            return {"done": len(looks), "total": total, "problems": []}
         stat = picture.path.stat()
         looks[f"{picture.folder}/{picture.path.name}"] = _look(picture.path, stat.st_mtime_ns, stat.st_size)
-    found = list(_problems(looks, config.objective.masked))
-    return {"done": len(looks), "total": len(pictures), "problems": [asdict(problem) for problem in found]}
+    found = _problems(looks, unreadable, config.objective.masked)
+    return {"done": total, "total": total, "problems": [asdict(problem) for problem in found]}
 
 
 @lru_cache(20_000)
@@ -63,15 +65,15 @@ def _look(path: Path, changed_ns: int, size: int) -> Look:
         return Look(error.message.rstrip("."), False, False, None)
 
 
-def _problems(looks: Mapping[str, Look], masked: bool) -> list[Problem]:
+def _problems(looks: Mapping[str, Look], unreadable: Sequence[str], masked: bool) -> list[Problem]:
     found = []
 
     def tell(names: Sequence[str], message: str, severity: str = "warning") -> None:
         if names:
-            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            listed = _listed(names, 5, ", ")
             found.append(problem_with("train_data_dir", message.format(len(names), listed), severity))
 
-    damaged = [look.damage for look in looks.values() if look.damage]
+    damaged = [*unreadable, *(look.damage for look in looks.values() if look.damage)]
     tell(damaged, "Damaged ({}): {}. Replace or remove them.", "error")
     tell(
         [name for name, look in looks.items() if look.transparent and not masked],
@@ -82,24 +84,34 @@ def _problems(looks: Mapping[str, Look], masked: bool) -> list[Problem]:
         [name for name, look in looks.items() if look.turned],
         "Lying on their side, and set upright by their EXIF mark ({}): {}. If one looks wrong here, save it upright.",
     )
+    groups = alike(looks)
+    several = f"{sum(map(len, groups)):,} images in {len(groups):,} group{'' if len(groups) == 1 else 's'}"
     tell(
-        [f"{one} ~ {other}" for one, other in alike(looks)],
-        "Nearly the same ({}): {}. Keep one of each, or it is learned as often as both.",
+        [_listed(group, 3, " ~ ") for group in groups],
+        f"Nearly the same ({several}): {{1}}. Keep one of each group, or it is learned as often as it is there.",
     )
     return found
 
 
-def alike(looks: Mapping[str, Look]) -> list[tuple[str, str]]:
-    """The pairs of names whose pictures are nearly the same, by dHash and by their colours at 9×8."""
+def _listed(names: Sequence[str], most: int, between: str) -> str:
+    return between.join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def alike(looks: Mapping[str, Look]) -> list[list[str]]:
+    """The groups of names whose pictures are nearly the same as the group's first, by dHash and by their colours at 9×8."""
     names = [name for name, look in looks.items() if look.small is not None]
     if len(names) < 2:
         return []
     small = np.stack([looks[name].small for name in names]).astype(np.float32)  # type: ignore[misc]  [N, 8, 9, 3]
     grey = small.mean(-1)
-    bits = (grey[:, :, 1:] > grey[:, :, :-1]).reshape(len(names), 64)
+    hashes = np.packbits((grey[:, :, 1:] > grey[:, :, :-1]).reshape(len(names), 64), axis=1).view(np.uint64)[:, 0]
     flat = small.reshape(len(names), -1)
-    pairs = []
-    for i in range(len(names) - 1):
-        near = np.flatnonzero((bits[i + 1 :] != bits[i]).sum(1) <= MOST_BITS) + i + 1
-        pairs += [(names[i], names[j]) for j in near if np.abs(flat[i] - flat[j]).mean() <= MOST_DIFFERENCE]
-    return pairs
+    groups, left = [], np.arange(len(names))
+    while len(left) > 1:
+        first, others = left[0], left[1:]
+        near = np.bitwise_count(hashes[others] ^ hashes[first]) <= MOST_BITS
+        near[near] = np.abs(flat[others[near]] - flat[first]).mean(1) <= MOST_DIFFERENCE
+        if near.any():
+            groups.append([names[i] for i in (first, *others[near])])
+        left = others[~near]
+    return groups

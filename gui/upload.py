@@ -67,6 +67,8 @@ class _Bounded(io.FileIO):
         try:
             return super().seek(offset, whence)
         except OSError as error:  # to before the beginning
+            if whence == os.SEEK_END:  # zipfile looks for what only large zips have, and waits for this answer
+                raise
             raise zipfile.BadZipFile("It is cut off") from error
 
 
@@ -251,6 +253,8 @@ def unpack(
 def chosen(archive: zipfile.ZipFile) -> tuple[list[Entry], list[str]]:
     """The entries to unpack, and the names of the files left out. Raises DataError for a zip not to be trusted."""
     infos = archive.infolist()
+    if not infos:
+        raise DataError("The zip holds nothing.", "Put the image folders into it and send it again.")
     if len(infos) > MOST_ENTRIES:
         raise DataError(f"The zip holds {len(infos):,} entries.", f"{MOST_ENTRIES:,} are the most.")
     kept: list[Entry] = []
@@ -271,13 +275,18 @@ def chosen(archive: zipfile.ZipFile) -> tuple[list[Entry], list[str]]:
         raise DataError(
             f"Unpacked, the zip has {_megabytes(total)} MB.", f"{_megabytes(MOST_UNPACKED)} MB are the most."
         )
-    names: set[str] = set()
+    names: dict[str, str] = {}
     for entry in kept:
-        # On some systems two names that differ in their case alone are one.
-        name = unicodedata.normalize("NFC", str(entry.path)).casefold()
-        if name in names:
-            raise DataError(f'The zip holds "{shown(str(entry.path))}" twice.', "Give the files different names.")
-        names.add(name)
+        name = unicodedata.normalize("NFC", str(entry.path))
+        other = names.get(name.casefold())
+        if other == name:
+            raise DataError(f'The zip holds "{shown(name)}" twice.', "Give the files different names.")
+        if other:
+            raise DataError(
+                f'The zip holds "{shown(other)}" and "{shown(name)}", which differ in nothing but capital letters.',
+                "Give the files different names: on some systems the two are one.",
+            )
+        names[name.casefold()] = name
     return kept, left_out
 
 

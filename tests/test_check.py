@@ -352,6 +352,16 @@ def test_samples_without_prompts_are_warned_about(settings):
     assert told(settings | {"sample_every_n_steps": 5, "sample_prompts": "a cat"}, "warning") == []
 
 
+def test_sample_prompts_that_are_cut_are_named_with_what_is_lost(settings):
+    fits = "cat, " * 112  # 2 tokens each
+    long = f"{fits} red wall"
+    assert told(settings | {"sample_prompts": f"{fits} --n {fits}"}, "warning") == []
+    problem = one(settings | {"sample_prompts": f"a cat\n{long} --n {fits}"}, "warning")
+    assert '(sample_prompts): line 2: its prompt has 226 tokens (cut: "wall"). Shorten it: 225 are the most.' in problem
+    assert "line 1: its negative prompt has 226" in one(settings | {"sample_prompts": f"a cat --n {long}"}, "warning")
+    assert told(settings | {"sample_prompts": f"a cat --n {long} --l 1"}, "warning") == []
+
+
 # Whatever is entered
 
 junk = st.one_of(

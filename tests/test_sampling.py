@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from trainer import models, sampling
+from trainer.data.texts import of_prompts
 from trainer.models import clip_tokens
 from trainer.prompts import Prompt
 
@@ -59,6 +60,17 @@ def test_the_picture_is_that_of_diffusers_own_pipeline(model):
     ours = sampling.draw(model, Prompt("a cat", "blurry", cfg_scale=5.0, steps=6), "ddim", (64, 96), seed=3)
     difference = np.abs(np.asarray(ours, dtype=int) - np.asarray(expected, dtype=int))
     assert difference.max() <= 1
+
+
+def test_the_end_of_a_long_prompt_shows_and_kept_states_give_the_same_picture(model):
+    long = ", ".join(f"thing {n}" for n in range(30))
+    drawn = set()
+    for prompt in (Prompt(f"{long}, red", steps=2), Prompt(f"{long}, blue", steps=2), Prompt("red", long, steps=2)):
+        picture = sampling.draw(model, prompt, "ddim", (64, 64), seed=1).tobytes()
+        kept = of_prompts(model, [Prompt("other"), prompt])
+        assert sampling.draw(model, prompt, "ddim", (64, 64), seed=1, texts=kept).tobytes() == picture
+        drawn.add(picture)
+    assert len(drawn) == 3
 
 
 def test_a_picture_that_is_not_a_number_is_refused():

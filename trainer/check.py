@@ -424,6 +424,7 @@ def _samples(config: Config) -> Iterator[Problem]:
         yield problem_with(
             "sample_prompts", "is empty, so no samples will be drawn. Enter one prompt a line.", "warning"
         )
+    yield from overflow.prompt_problems(prompts)
 
 
 def _optimizer(config: Config) -> Iterator[Problem]:

@@ -72,7 +72,7 @@ class Session:
     description: metadata.Description
     prompts: list[Prompt]
     captions: texts.Texts | None
-    prompt_texts: texts.Texts | None
+    prompt_texts: dict[Prompt, models.TextStates] | None
     output: Path
     check: Callable[[], None]
     pictures: Mapping[str, Any]
@@ -171,7 +171,7 @@ def prepare(
         encoder.to(device)
     if config.captions.cache_states:
         captions = texts.encode_captions(dataset.pictures, model, config.captions, partial(progress, "captions"))
-        prompt_texts = texts.of_prompts(model, [text for prompt in prompts for text in prompt.texts])
+        prompt_texts = texts.of_prompts(model, prompts)
         for encoder in model.text_encoders.values():
             encoder.to("meta")
     make_compact(model, training, with_text_encoders=not config.captions.cache_states)

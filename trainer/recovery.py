@@ -138,7 +138,7 @@ def _cache_states(s: Session) -> str:
     if s.captions or not states_can_be_cached(s.config):
         return ""
     s.captions = texts.encode_captions(s.feed.pictures, s.model, s.config.captions, lambda done, total: None)
-    s.prompt_texts = texts.of_prompts(s.model, [text for prompt in s.prompts for text in prompt.texts])
+    s.prompt_texts = texts.of_prompts(s.model, s.prompts)
     for encoder in s.model.text_encoders.values():
         encoder.to("meta")
     _set(s, "captions", "cache_states", "sdxl_cache_text_encoder_outputs")

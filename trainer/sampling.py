@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from trainer.data.texts import Texts
-from trainer.models import Schedule
+from trainer.data.texts import of_prompt
+from trainer.models import Schedule, TextStates
 from trainer.prompts import Prompt
 from trainer.run import unfinished
+from trainer.transfer import send
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,12 @@ def draw(
     size: tuple[int, int],
     seed: int,
     check: Callable[[], None] = lambda: None,
-    texts: Texts | None = None,
+    texts: Mapping[Prompt, TextStates] | None = None,
 ) -> Image.Image:
     """One picture of `prompt`, (width, height) pixels, with classifier-free guidance.
 
     Randomness comes from `seed` alone and is drawn on the CPU, so that devices agree. `check` is
-    called in every step and may raise to end the drawing. `texts` has the prompt's states where
+    called in every step and may raise to end the drawing. `texts` has the prompts' states where
     the text encoders are not there any more.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +76,7 @@ def draw(
     latents = torch.randn((1, 4, height // cell, width // cell), generator=generator).to(model.device)
     latents = latents * scheduler.init_noise_sigma
     asked = prompt.texts
-    text = texts.of(asked, model.device) if texts else model.text_states(model.tokens(asked))
+    text = _sent(texts[prompt], model.device) if texts else of_prompt(model, prompt)
     sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(asked), device=model.device)
     extra = {"generator": generator} if _takes_generator(scheduler) else {}
     for t in scheduler.timesteps:
@@ -87,6 +88,10 @@ def draw(
             answer = without + prompt.cfg_scale * (with_prompt - without)
         latents = scheduler.step(answer, t, latents, return_dict=False, **extra)[0]
     return to_image(model.decode(latents)[0])
+
+
+def _sent(text: TextStates, device: torch.device) -> TextStates:
+    return TextStates(*(part if part is None else send(part, device) for part in text))
 
 
 def _takes_generator(scheduler: Any) -> bool:

@@ -93,11 +93,13 @@ class Bar {
 
   // A page that is closed is not waited for, so its last change is sent in a request that outlives it.
   draftAtOnce() {
-    if (!this.undrafted) return;
+    if (this.undrafted) this.askAtOnce("draft", { entries: this.form.entries, kept: this.form.kept });
+  }
+
+  askAtOnce(fn_name, data) {
     const component_id = gradio_config.components.find((c) => c.props.elem_id === "bar").id;
-    const data = { entries: this.form.entries, kept: this.form.kept };
     fetch("gradio_api/component_server/", { method: "POST", keepalive: true, headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ data, component_id, fn_name: "draft", session_hash: "closing" }) });
+      body: JSON.stringify({ data, component_id, fn_name, session_hash: "closing" }) });
   }
 
   async load() {

@@ -4,8 +4,15 @@ class DatasetTab {
   constructor(form, server, bar) {
     Object.assign(this, { form, server, bar, banner: bar.banner, thumbnails: new Map(), wanted: new Set() });
     form.whenChanged.push(() => this.later());
-    setInterval(() => { if (byId("lw-dataset")?.offsetParent && (this.shown !== this.form.entries || (this.stale && !this.typing()))) this.later(); }, 400);
+    setInterval(() => { if (byId("lw-dataset")?.offsetParent && (this.shown !== this.form.entries || this.seeking() || (this.stale && !this.typing()))) this.later(); }, 400);
+    addEventListener("pagehide", () => this.writeAtOnce());
   }
+
+  // What is looked for: its words, and the tag.
+  get sought() { return { find: byId("lw-dataset-find").value, tag: this.tag || "" }; }
+
+  // Whether images that are not listed have still to be looked through for it.
+  seeking() { return this.partly && JSON.stringify(this.sought) !== this.found; }
 
   typing() { return document.activeElement?.classList.contains("lw-caption"); }
 
@@ -31,16 +38,18 @@ class DatasetTab {
   }
 
   async ask() {
-    const entries = this.form.entries;
+    const entries = this.form.entries, sought = this.sought;
     try {
-      const answer = await this.server.dataset({ entries });
+      const answer = await this.server.dataset({ entries, ...sought });
       this.shown = entries;
+      this.found = JSON.stringify(sought);
       // Most changes to the form leave the images as they are.
       const key = JSON.stringify(answer);
       // Who is typing a caption is not interrupted; the next look shows what changed.
       this.stale = key !== this.key && this.typing();
       if (!this.stale) {
         if (key !== this.key) this.show(answer, entries);
+        else this.filter();
         this.key = key;
       }
     } catch (error) {
@@ -53,23 +62,23 @@ class DatasetTab {
 
   show(found, entries) {
     byId("lw-dataset-place").textContent = entries.train_data_dir;
-    const { steps, folders, images, buckets, tags } = found;
+    const { steps, folders, images, total, buckets, tags } = found;
     byId("lw-dataset-sum").replaceChildren(...(folders.length ? [
-      folders.map((f) => `${f.images} × ${f.repeats} (${f.name}${f.regularisation ? t`, regularisation` : ""})`).join(" + "),
+      folders.map((f) => `${f.regularisation ? t`${f.seen} from ${f.images}` : `${f.images} × ${f.repeats}`} (${f.name}${f.regularisation ? t`, regularisation` : ""}${f.unreadable ? t`, ${f.unreadable} unreadable` : ""})`).join(" + "),
       steps ? make("b", {}, t` = ${counted(steps.seen, "image")} an epoch`) : "",
       steps ? t` in ${counted(steps.batches, "batch", "batches")} of ${steps.batch}` : "",
       steps && !steps.limited ? t` × ${counted(steps.epochs, "epoch")}${steps.accumulation > 1 ? t` ÷ ${steps.accumulation} a step` : ""}` : "",
       steps ? (steps.limited ? t`; Max train steps makes it ` : " = ") : "",
       steps ? make("b", {}, counted(steps.steps, "step")) : "",
     ] : [t`No images yet: choose a folder that holds folders like “10_cat” (each image ten times an epoch), or images.`]));
-    const locked = images.length && found.locked ? [{ severity: "note", message: t`These captions cannot be edited here: ${found.locked}` }] : [];
+    const locked = total && found.locked ? [{ severity: "note", message: t`These captions cannot be edited here: ${found.locked}` }] : [];
     byId("lw-dataset-problems").replaceChildren(...[...found.problems, ...locked].map((p) => this.banner.line(p)));
     byId("lw-captions").hidden = locked.length > 0;
     this.locked = found.locked;
-    const looked = JSON.stringify(images.map((image) => image.path));
+    const looked = JSON.stringify([entries.train_data_dir, entries.reg_data_dir, folders]);
     if (looked !== this.looked) byId("lw-inspected").replaceChildren();
     this.looked = looked;
-    byId("lw-dataset-parts").hidden = !images.length;
+    byId("lw-dataset-parts").hidden = !total;
     const most = Math.max(...buckets.map(([, , , seen]) => seen), 1);
     byId("lw-buckets").replaceChildren(...buckets.map(([wide, high, count, seen]) => make("div", { class: "lw-bucket" },
       make("span", {}, wide ? `${wide}×${high}` : t`none`), make("span", { class: "lw-bar", style: `width:${(60 * seen) / most}%` }),
@@ -82,7 +91,7 @@ class DatasetTab {
     byId("lw-captions-undo").textContent = t`Undo: ${found.undo}`;
     this.seen.disconnect();
     this.wanted.clear();
-    this.more = found.more;
+    Object.assign(this, { total, more: found.more, partly: total > images.length });
     this.cards = new Map(images.map((image) => [image.path, this.kept(image) || this.card(image)]));
     byId("lw-images").replaceChildren(...this.cards.values());
     this.filter();
@@ -178,6 +187,12 @@ class DatasetTab {
     if (!refused) this.later();
   }
 
+  // A page that is left does not wait until the caption is.
+  writeAtOnce() {
+    const box = this.typing() && document.activeElement, image = box && box.closest(".lw-card").image;
+    if (image && box.value !== (image.caption || "")) this.bar.askAtOnce("captions", { how: "write", entries: this.shown, path: image.path, text: box.value, sure: true });
+  }
+
   async changeAll() {
     const how = byId("lw-captions-how").value, text = byId("lw-captions-text").value;
     const order = { how, entries: this.shown, text, find: text, by: byId("lw-captions-by").value, end: byId("lw-captions-end").firstElementChild.checked, all: Boolean(byId("lw-captions-all").value) };
@@ -215,8 +230,13 @@ class DatasetTab {
       card.hidden = !`${caption} ${card.image.name}`.toLowerCase().includes(words)
         || Boolean(this.tag && !caption.split(",").some((tag) => tag.trim() === this.tag));
     }
+    if (this.seeking()) {
+      this.later();
+      byId("lw-dataset-count").textContent = t`Looking through ${counted(this.total, "image")} …`;
+      return;
+    }
     const left = cards.filter((card) => !card.hidden).length;
-    byId("lw-dataset-count").textContent = [left < cards.length ? t`${left} of ${counted(cards.length, "image")}` : counted(left, "image"),
-      this.more ? t`${this.more} more are not listed` : "", t`the frame is what is trained on`].filter(Boolean).join(" · ");
+    byId("lw-dataset-count").textContent = [left < this.total ? t`${left} of ${counted(this.total, "image")}` : counted(left, "image"),
+      this.more ? t`${this.more} more are not listed: search more closely` : "", t`the frame is what is trained on`].filter(Boolean).join(" · ");
   }
 }

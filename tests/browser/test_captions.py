@@ -61,6 +61,17 @@ def test_captions_outside_the_roots_cannot_be_typed_over_and_it_is_said_why(page
     assert page.get_by_label("Caption of 1_dog/d.png").get_attribute("readonly") is not None
 
 
+def test_a_caption_that_is_being_typed_when_the_page_is_left_is_kept(server, visit, cats):
+    page = visit(server)
+    open_tab(page, "Folders")
+    set_text(page, "train_data_dir", str(cats.parent))
+    open_tab(page, "Dataset")
+    page.get_by_label("Caption of 10_cat/0.png").fill("cat, half-typed")
+    page.reload()
+    eventually(lambda: texts(cats)[0] == "cat, half-typed")
+    assert texts(cats)[1:] == ["cat, window", "cat, grey wall"]
+
+
 def test_a_caption_that_was_not_kept_stands_until_it_can_be(page, cats, tmp_path):
     file = cats / "0.caption"
     text = file.read_text()

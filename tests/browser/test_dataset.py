@@ -59,3 +59,45 @@ def test_a_zip_becomes_a_data_set_whose_captions_are_written_and_seen_as_the_tra
     assert page.locator("#lw-captions").is_hidden()
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def show(page, folder):
+    open_tab(page, "Folders")
+    set_text(page, "train_data_dir", str(folder))
+    open_tab(page, "Dataset")
+
+
+def test_images_that_cannot_be_read_are_left_out_of_the_sum_and_found_by_the_look_for_damage(page, tmp_path):
+    folder = tmp_path / "10_thing"
+    folder.mkdir()
+    Image.new("RGB", (64, 64), "teal").save(folder / "a.png")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "words.jpg").write_text("words")
+    show(page, tmp_path)
+    page.wait_for_selector("#lw-dataset-sum >> text=1 × 10 (10_thing, 2 unreadable) = 10 images an epoch")
+    page.get_by_role("button", name="Look for damage and duplicates").click()
+    page.wait_for_selector("#lw-inspected >> text=Damaged (2)")
+
+
+def test_every_image_of_a_large_data_set_can_be_found_and_its_caption_written(page, server):
+    folder = server.runs.parent / "files" / "many" / "1_thing"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (64, 64), "teal").save(folder / "0.png")
+    for number in range(1, 2010):
+        (folder / f"{number}.png").hardlink_to(folder / "0.png")
+    (folder / "2009.caption").write_text("the last")
+    show(page, folder.parent)
+    page.wait_for_selector("#lw-dataset-count >> text=2000 of 2010 images · 10 more are not listed")
+    page.get_by_label("Find in captions and names").fill("2009.png")
+    page.wait_for_selector("#lw-dataset-count >> text=/^1 of 2010 images · the frame/")
+    page.get_by_label("Caption of 1_thing/2009.png").fill("thing, far")
+    page.get_by_label("Find in captions and names").fill("")
+    page.wait_for_selector("#lw-dataset-count >> text=2000 of 2010 images")
+    assert (folder / "2009.caption").read_text() == "thing, far"
+    page.get_by_role("button", name="far 1").click()
+    page.wait_for_selector("#lw-dataset-count >> text=/^1 of 2010 images · the frame/")
+    page.get_by_role("button", name="far 1").click()
+    page.get_by_label("Find in captions and names").fill("no such name")
+    page.wait_for_selector("#lw-dataset-count >> text=/^0 of 2010 images/")
+    page.get_by_label("Find in captions and names").fill("")
+    page.wait_for_selector("#lw-dataset-count >> text=2000 of 2010 images")

@@ -201,6 +201,19 @@ def test_another_vae_makes_all_anew(pictures):
 
 
 @pytest.mark.parametrize(
+    ("stored", "wanted", "encoded"),
+    [(torch.float16, torch.float32, 5), (torch.float32, torch.float16, 0), (torch.float16, torch.float16, 0)],
+)
+def test_the_latents_of_a_run_are_as_exact_as_without_what_another_left_on_disk(pictures, stored, wanted, encoded):
+    encode(pictures, dtype=stored, flip=True)
+    found, count = encode(pictures, dtype=wanted, flip=True)
+    fresh, _ = encode(pictures, dtype=wanted, flip=True, to_disk=False)
+    assert count == 2 * encoded
+    for a, b in zip(found, fresh, strict=True):
+        assert torch.equal(a.plain, b.plain) and torch.equal(a.flipped, b.flipped)
+
+
+@pytest.mark.parametrize(
     "other",
     [
         Placement((64, 64), (64, 80), (0, 0)),

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from trainer.data.captions import draw, split_outside_brackets, tag_frequency, weigh
 from trainer.data.folders import Dataset, Picture
+from trainer.schema import read
 from trainer.schema.data import Captions
+from trainer.schema.rules import cached_states
 
 CAPTION = "sks cat, sitting,roof ,  evening sky"
 
@@ -175,3 +178,26 @@ def test_any_caption_can_be_drawn(caption, settings):
     text = draw(caption, settings, random.Random(0), 1)
     words = sorted("".join(caption.split()))
     assert sorted("".join(text.split())) == words
+
+
+def values_of(field):
+    """Some that a parameter can have: the default and one that may matter."""
+    if field.annotation is bool:
+        return (False, True)
+    if choices := get_args(field.annotation):
+        return choices
+    return {int: (field.default, 2), float: (field.default, 0.5)}.get(field.annotation, (field.default,))
+
+
+def test_where_the_text_encoders_answers_may_be_cached_a_caption_is_the_same_at_every_read():
+    frozen = read({"text_encoder_lr": 0})[0]
+    fields = Captions.model_fields
+    cached = 0
+    for values in itertools.product(*map(values_of, fields.values())):
+        captions = Captions(**dict(zip(fields, values, strict=True)))
+        config = frozen.model_copy(update={"captions": captions})
+        if captions.cache_states and not list(cached_states(config)):
+            cached += 1
+            texts = {draw(CAPTION, captions, random.Random(epoch), epoch) for epoch in range(1, 7)}
+            assert len(texts) == 1, (captions, texts)
+    assert cached

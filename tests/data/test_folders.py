@@ -73,6 +73,53 @@ def test_a_kohya_folder_gives_repeats_and_captions(tmp_path, put):
     assert found.repeats == 23
 
 
+@pytest.fixture
+def _case_counts(tmp_path):
+    (tmp_path / "case").mkdir()
+    if (tmp_path / "CASE").exists():
+        pytest.skip("this file system knows no case")
+    (tmp_path / "case").rmdir()
+
+
+@pytest.mark.usefixtures("_case_counts")
+def test_each_of_two_images_whose_names_differ_in_case_has_its_own_caption(tmp_path, put):
+    put("1_x/Cat.jpg", "large")
+    put("1_x/cat.jpg", "small")
+    assert {p.path.name: p.caption for p in scan(Folders(images=str(tmp_path)), TXT).pictures} == {
+        "Cat.jpg": "large",
+        "cat.jpg": "small",
+    }
+
+
+@pytest.mark.usefixtures("_case_counts")
+def test_a_caption_that_is_another_images_own_is_not_taken_for_its_case_and_one_that_is_nobodys_is(tmp_path, put):
+    put("1_x/coffee.jpg", "a cup")
+    put("1_x/COFFEE.JPG")
+    put("1_x/Tea.jpg").with_name("TEA.txt").write_text("a pot")
+    found = {p.path.name: p.caption for p in scan(Folders(images=str(tmp_path)), TXT).pictures}
+    assert found == {"coffee.jpg": "a cup", "COFFEE.JPG": "x", "Tea.jpg": "a pot"}
+    (warning,) = warnings(look(tmp_path))
+    assert '1 of 3 images has no caption file ending in ".txt": COFFEE.JPG' in warning
+
+
+@pytest.mark.usefixtures("_case_counts")
+def test_of_captions_in_several_cases_the_nearest_is_taken_whatever_the_order_on_disk(tmp_path, put):
+    image = put("1_x/cat.jpg")
+    for name, kept in (("CAT.TXT", "far"), ("cat.TXT", "near"), ("cat.txt", "own")):
+        image.with_name(name).write_text(kept)
+        assert scan(Folders(images=str(tmp_path)), TXT).pictures[0].caption == kept
+
+
+def test_unreadable_images_are_counted_by_folder_beside_the_others(tmp_path, put):
+    put("2_x/a.jpg", "x")
+    put("2_x/b.jpg").write_bytes(b"")
+    put("1_y/c.jpg", "y")
+    found = folders.survey(Folders(images=str(tmp_path)), TXT, decode=False)
+    assert [(s.path.name, s.images, s.unreadable) for s in found.dataset.subsets] == [("1_y", 1, 0), ("2_x", 1, 1)]
+    (unreadable,) = found.unreadable
+    assert "b.jpg" in unreadable
+
+
 def test_a_flat_folder_is_seen_once(tmp_path, put):
     put("a.jpg", "one")
     put("b.jpg")
@@ -110,7 +157,9 @@ def test_the_caption_is_the_first_line_with_text(tmp_path, put, text):
 def test_an_empty_caption_file_means_no_caption_and_is_told(tmp_path, put):
     put("1_x/a.jpg", "\n")
     assert scan(Folders(images=str(tmp_path)), TXT).pictures[0].caption == ""
-    assert "empty" in warnings(look(tmp_path))[0]
+    assert "1 caption file is empty, so its image trains without a caption: a.jpg" in warnings(look(tmp_path))[0]
+    put("1_x/b.jpg", "")
+    assert "2 caption files are empty, so their images train" in warnings(look(tmp_path))[0]
 
 
 def test_the_order_is_natural_and_the_same_everywhere():
@@ -232,8 +281,13 @@ def test_ignored_folders_and_images_beside_numbered_ones_are_told(tmp_path, put)
     put("c.jpg", "x")
     found = look(tmp_path)
     assert errors(found) == []
-    assert any("1 images lie directly" in w for w in warnings(found))
-    assert any("not NN_name: more" in w for w in warnings(found))
+    assert any("1 image lies directly" in w for w in warnings(found))
+    assert any("1 inner folder holds images but is ignored" in w and "not NN_name: more" in w for w in warnings(found))
+    put("d.jpg", "x")
+    put("others/b.jpg", "x")
+    found = look(tmp_path)
+    assert any("2 images lie directly" in w for w in warnings(found))
+    assert any("2 inner folders hold images but are ignored" in w for w in warnings(found))
 
 
 def test_zero_repeats_leave_a_folder_out(tmp_path, put):

@@ -11,9 +11,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from trainer import models
 from trainer.data import texts
 from trainer.data.folders import Picture
 from trainer.models import TextStates
+from trainer.prompts import Prompt
 from trainer.schema.data import Captions
 
 
@@ -157,3 +159,30 @@ def test_another_text_encoder_makes_all_anew(pictures):
     found, asked = encode(pictures, Model(weight=2.0))
     assert len(asked) == 4
     assert torch.equal(found.of(["cat"], torch.device("cpu")).states, Model(weight=2.0).text_states(["cat"]).states)
+
+
+LONG = ", ".join(f"thing {n}" for n in range(30))  # 119 tokens
+
+
+@pytest.mark.parametrize("max_tokens", [75, 225])
+@pytest.mark.parametrize(
+    ("prompt", "chunks"),
+    [
+        (Prompt("a cat"), 1),
+        (Prompt(LONG), 2),
+        (Prompt("a cat", negative=LONG), 2),
+        (Prompt("a cat", negative=LONG, cfg_scale=1.0), 1),
+        (Prompt(f"{LONG}, {LONG}"), 3),
+        (Prompt(f"{LONG}, {LONG}, {LONG}"), 3),
+    ],
+)
+def test_a_sample_is_drawn_by_all_of_its_prompt_however_long_captions_may_be(tiny_model, prompt, chunks, max_tokens):
+    model = models.load(str(tiny_model), "", torch.float32, torch.device("cpu"), 1, max_tokens)
+    longer = models.load(str(tiny_model), "", torch.float32, torch.device("cpu"), 1, 75 * chunks)
+    with torch.no_grad():
+        states = texts.of_prompt(model, prompt).states
+        expected = longer.text_states(longer.tokens(prompt.texts)).states
+    assert states.shape[:2] == (len(prompt.texts), 75 * chunks + 2)
+    assert torch.equal(states, expected)
+    kept = texts.of_prompts(model, [prompt, Prompt("other")])
+    assert torch.equal(kept[prompt].states, states)

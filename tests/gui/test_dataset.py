@@ -42,6 +42,26 @@ def test_count_times_repeats_times_epochs_gives_the_steps(settings):
     }
 
 
+def test_images_that_cannot_be_read_are_no_part_of_the_sum_and_are_counted(settings, tmp_path):
+    (tmp_path / "10_cat" / "empty.png").write_bytes(b"")
+    (tmp_path / "10_cat" / "words.jpg").write_text("words")
+    found = dataset.dataset(settings)
+    assert [(f["name"], f["images"], f["unreadable"]) for f in found["folders"]] == [("3_dog", 1, 0), ("10_cat", 2, 2)]
+    assert sum(f["images"] * f["repeats"] for f in found["folders"]) == found["steps"]["seen"]
+
+
+def test_the_sum_holds_with_regularisation_images_which_are_seen_as_often_as_the_others(settings, tmp_path):
+    for name in "xy":
+        put(tmp_path / "reg" / "1_animal", f"{name}.png", (64, 64))
+    found = dataset.dataset(settings | {"reg_data_dir": str(tmp_path / "reg")})
+    assert [(f["name"], f["images"], f["seen"]) for f in found["folders"]] == [
+        ("3_dog", 1, 3),
+        ("10_cat", 2, 20),
+        ("1_animal", 2, 23),
+    ]
+    assert found["steps"]["seen"] == 46
+
+
 def test_the_crop_is_what_the_trainer_keeps_as_shares_of_the_image(settings):
     crops = {image["name"]: image["crop"] for image in dataset.dataset(settings)["images"]}
     assert crops["a.png"] == [0, 0, 1, 1]
@@ -130,4 +150,21 @@ def test_small_pictures_are_given_of_images_in_the_forms_folders_only(settings, 
 def test_of_very_many_images_some_are_listed_and_all_are_counted(settings, monkeypatch):
     monkeypatch.setattr(dataset, "MOST_IMAGES", 2)
     found = dataset.dataset(settings)
-    assert (len(found["images"]), found["more"], found["steps"]["seen"]) == (2, 1, 23)
+    assert (len(found["images"]), found["total"], found["more"], found["steps"]["seen"]) == (2, 3, 1, 23)
+
+
+@pytest.mark.parametrize(
+    ("sought", "names", "more"),
+    [
+        ({"find": " WINDOW "}, ["b.png"], 0),
+        ({"find": "c.png"}, ["c.png"], 0),
+        ({"tag": "cat"}, ["a.png"], 1),
+        ({"tag": "cat", "find": "fur"}, ["a.png"], 0),
+        ({"tag": "fur"}, [], 0),
+    ],
+)
+def test_of_very_many_images_those_that_are_looked_for_are_listed(settings, monkeypatch, sought, names, more):
+    monkeypatch.setattr(dataset, "MOST_IMAGES", 1)
+    found = dataset.dataset(settings, **sought)
+    assert ([image["name"] for image in found["images"]], found["more"], found["total"]) == (names, more, 3)
+    assert found["steps"]["seen"] == 23

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from gui import dataset
-from gui.inspection import inspect
+from gui.inspection import Look, alike, inspect
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_copy_in_another_size_and_format_is_a_near_duplicate_and_other_picture
     for name, colour in (("red", "red"), ("blue", "blue")):
         Image.new("RGB", (64, 64), colour).save(folder / f"{name}.png")
     (message,) = messages(folder)
-    assert message.startswith("Nearly the same (1): ") and "1_x/3.png ~ 1_x/copy.jpg" in message
+    assert message.startswith("Nearly the same (2 images in 1 group): ") and "1_x/3.png ~ 1_x/copy.jpg" in message
 
 
 def test_damage_transparency_and_turned_pictures_are_told_with_their_fix(folder):
@@ -49,6 +49,35 @@ def test_damage_transparency_and_turned_pictures_are_told_with_their_fix(folder)
     assert "glass.png" in transparent and "masked_loss" in transparent
     assert "lying.jpg" in lying and "EXIF" in lying
     assert len(messages(folder, masked_loss=True)) == 2
+
+
+def test_images_that_cannot_be_opened_are_counted_and_told_with_the_damaged(folder):
+    picture(0).save(folder / "whole.png")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("words")
+    found = inspect({"train_data_dir": str(folder.parent)}, patience_s=60)
+    assert (found["done"], found["total"]) == (3, 3)
+    (problem,) = found["problems"]
+    assert problem["severity"] == "error" and problem["message"].startswith("Damaged (2): ")
+    assert "empty.png" in problem["message"] and "text.jpg" in problem["message"]
+
+
+def test_many_copies_are_one_group_of_which_the_first_are_named(folder):
+    for name in "abcde":
+        picture(0).save(folder / f"{name}.png")
+    for name in "xy":
+        picture(1).save(folder / f"{name}.png")
+    (message,) = messages(folder)
+    assert message.startswith(
+        "Nearly the same (7 images in 2 groups): 1_x/a.png ~ 1_x/b.png ~ 1_x/c.png and 2 more, 1_x/x.png ~ 1_x/y.png. "
+    )
+
+
+def test_a_group_holds_what_is_like_its_first_and_not_what_is_only_like_another_of_it():
+    looks = {
+        f"{level}": Look("", False, False, np.full((8, 9, 3), level, np.uint8)) for level in (0, 10, 20, 200, 205, 210)
+    }
+    assert alike(looks) == [["0", "10"], ["200", "205", "210"]]
 
 
 def test_many_images_are_looked_at_in_parts(folder):

@@ -244,12 +244,19 @@ def test_other_packings_are_refused(uploads, target):
     refused(uploads, data, target, "Deflate")
 
 
-@pytest.mark.parametrize(
-    "names", [("a.png", "a.png"), ("a.png", "A.PNG"), ("\u00e9.png", "e\u0301.png"), ("x\\a.png", "x/a.png")]
-)
+@pytest.mark.parametrize("names", [("a.png", "a.png"), ("\u00e9.png", "e\u0301.png"), ("x\\a.png", "x/a.png")])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_name_that_comes_twice_is_refused(uploads, target, names):
     refused(uploads, packed([(name, PICTURE) for name in names]), target, "twice")
+
+
+def test_two_names_that_differ_in_their_case_alone_are_both_told(uploads, target):
+    files = packed([("x/A.png", PICTURE), ("x/a.PNG", PICTURE)])
+    refused(uploads, files, target, '"x/A.png" and "x/a.PNG", which differ in nothing but capital letters')
+
+
+def test_a_zip_that_holds_nothing_is_not_called_damaged(uploads, target):
+    refused(uploads, packed([]), target, "The zip holds nothing")
 
 
 def test_a_file_that_is_also_a_folder_is_refused(uploads, target):

@@ -211,12 +211,15 @@ class DiskCache:
         return json.dumps(source | ({"alpha": "mask"} if self.masked else {}))
 
     def read(self, picture: Picture, placement: Placement) -> Latents | None:
-        """The stored latents if they belong to this picture, VAE and crop; else None."""
+        """The stored latents if they belong to this picture, VAE and crop, and are as exact as new ones; else None."""
         entry = self.shelf.read(self.file(picture, placement), self.made_from(placement))
         if entry is None:
             return None
         tensors, metadata = entry
         if not _same_picture(picture.path, metadata) or (self.flip and "flipped" not in tensors):
+            return None
+        # What lies there in float32 is rounded as new ones are; what was rounded already stays so.
+        if tensors["plain"].dtype not in (self.dtype, torch.float32):
             return None
         plain = tensors["plain"].to(self.dtype)
         width, height = placement.bucket

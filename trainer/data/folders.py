@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -54,13 +55,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Subset:
-    """One folder of images, with the repeats that its name says."""
+    """One folder, with the repeats that its name says, its images, and how many more cannot be read."""
 
     path: Path
     repeats: int
     class_tokens: str | None
     regularisation: bool
     images: int
+    unreadable: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,14 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Survey:
-    """What both folders hold, and what is wrong with them; the data set lacks what is wrong."""
+    """What both folders hold, and what is wrong with them; the data set lacks what is wrong.
+
+    `unreadable` says of each image that it lacks what is wrong with it.
+    """
 
     dataset: Dataset
     problems: tuple[Problem, ...]
+    unreadable: tuple[str, ...] = ()
 
 
 def scan(folders: Folders, captions: Captions) -> Dataset:
@@ -114,9 +120,11 @@ def survey(folders: Folders, captions: Captions, decode: bool) -> Survey:
     suffix = caption_suffix(captions)
     deadline = time.monotonic() + DECODING_S if decode else 0.0
     parts = [_pictures(f, suffix, deadline) for f in (training, regularisation) if f.text.strip()]
-    pictures = [p for part in parts for p in part]
+    pictures = [p for part, _ in parts for p in part]
+    unreadable = tuple(error.message.rstrip(".") for _, errors in parts for error in errors)
     _check_captions([p for p in pictures if not p.regularisation], training.groups, suffix, found)
-    return Survey(_dataset(pictures, [*training.groups, *regularisation.groups], found), tuple(found))
+    dataset = _dataset(pictures, [*training.groups, *regularisation.groups], found)
+    return Survey(dataset, tuple(found), unreadable)
 
 
 def caption_suffix(captions: Captions) -> str:
@@ -126,6 +134,7 @@ def caption_suffix(captions: Captions) -> str:
 
 
 def _dataset(pictures: list[Picture], groups: Iterable[_Group], found: list[Problem]) -> Dataset:
+    read = Counter(p.path.parent for p in pictures)
     training = [p for p in pictures if not p.regularisation]
     others = [p for p in pictures if p.regularisation]
     wanted = sum(p.repeats for p in training)
@@ -142,7 +151,9 @@ def _dataset(pictures: list[Picture], groups: Iterable[_Group], found: list[Prob
                 )
             )
     subsets = [
-        Subset(g.path, g.repeats, g.class_tokens, g.regularisation, len(g.names)) for g in groups if g.repeats > 0
+        Subset(g.path, g.repeats, g.class_tokens, g.regularisation, read[g.path], len(g.names) - read[g.path])
+        for g in groups
+        if g.repeats > 0
     ]
     return Dataset((*training, *(p for p in others if p.repeats)), tuple(subsets))
 
@@ -162,8 +173,11 @@ class _Group:
     class_tokens: str | None
     regularisation: bool
     names: list[str] = field(default_factory=list)
-    others: dict[str, str] = field(default_factory=dict)
-    """Every other file: its name in lower case → its name."""
+    stems: set[str] = field(default_factory=set)
+    """The images' names without their endings."""
+
+    others: dict[str, list[str]] = field(default_factory=dict)
+    """Every other file: its name in lower case → the names that are written so, in any case."""
 
 
 class _Folder:
@@ -222,9 +236,10 @@ class _Folder:
                     "error" if group.repeats > MOST_REPEATS else "warning",
                 )
         if here.names:
+            lie = "1 image lies" if len(here.names) == 1 else f"{len(here.names)} images lie"
             self.problem(
-                f"{len(here.names)} images lie directly in the folder, beside inner folders NN_name, and are ignored. "
-                'Put them into a folder of their own, for instance "1_more".',
+                f"{lie} directly in the folder, beside inner folders NN_name, which alone are used. "
+                'Put what shall be used too into a folder of its own, for instance "1_more".',
                 "warning",
             )
         if not self.groups:
@@ -246,8 +261,10 @@ class _Folder:
     def _ignored(self, plain: list[str]) -> None:
         holding = [name for name in plain if self._read(self.path / name, 1, None)[0].names]
         if holding:
+            several = f"{len(holding)} inner folders hold images but are ignored, since their names are"
+            one = "1 inner folder holds images but is ignored, since its name is"
             self.problem(
-                f"{len(holding)} inner folders hold images but are ignored, since their names are not NN_name: "
+                f"{one if len(holding) == 1 else several} not NN_name: "
                 f'{_listed(holding, 3)}. Rename them, for instance to "1_{shown(holding[0])}".',
                 "warning",
             )
@@ -262,7 +279,7 @@ class _Folder:
                 return
             if here.names:
                 self.problem(
-                    f'its inner folder "{shown(name)}" has {len(here.names)} images, but is not called NN_name. '
+                    f'its inner folder "{shown(name)}" holds images ({len(here.names)}), but is not called NN_name. '
                     f'Rename it, for instance to "10_{shown(name)}", or enter "{shown(path)}".'
                 )
                 return
@@ -281,8 +298,9 @@ class _Folder:
                         inner.append(entry.name)
                     elif entry.name.lower().endswith(images.SUFFIXES):
                         group.names.append(entry.name)
+                        group.stems.add(os.path.splitext(entry.name)[0])  # noqa: PTH122  a Path each would be slow
                     else:
-                        group.others[entry.name.lower()] = entry.name
+                        group.others.setdefault(entry.name.lower(), []).append(entry.name)
         except OSError as error:
             self.problem(f'"{shown(path)}" cannot be read: {error.strerror}. Change its permissions.')
         group.names.sort(key=natural)
@@ -297,8 +315,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _pictures(folder: _Folder, suffix: str, deadline: float) -> list[Picture]:
-    """The readable images of a folder; `deadline` (monotonic seconds): decode them until then."""
+def _pictures(folder: _Folder, suffix: str, deadline: float) -> tuple[list[Picture], list[DataError]]:
+    """The readable images of a folder, and what is wrong with the others; `deadline` (monotonic seconds): decode until then."""
     jobs = [(group, name) for group in folder.groups for name in group.names]
     skipped = 0
 
@@ -346,12 +364,19 @@ def _pictures(folder: _Folder, suffix: str, deadline: float) -> list[Picture]:
             "the others only the beginning was looked at. Damage in them shows when training prepares them.",
             "warning",
         )
-    return [r for r in results if isinstance(r, Picture)]
+    return [r for r in results if isinstance(r, Picture)], damaged
 
 
 def _caption_name(group: _Group, name: str, suffix: str) -> str | None:
-    """The name of an image's caption file, whatever its case."""
-    return group.others.get((os.path.splitext(name)[0] + suffix).lower())  # noqa: PTH122  a Path each would be slow
+    """The name of an image's caption file: its own, else one in another case that is no other image's own."""
+    stem = os.path.splitext(name)[0]  # noqa: PTH122
+
+    def owner(file: str) -> str:
+        return file[: -len(suffix)]
+
+    alike = group.others.get((stem + suffix).lower(), ())
+    free = [file for file in alike if owner(file) == stem or owner(file) not in group.stems]
+    return min(free, key=lambda file: (file != stem + suffix, owner(file) != stem, file), default=None)
 
 
 def _caption(path: Path) -> str:
@@ -388,7 +413,7 @@ def _check_captions(pictures: list[Picture], groups: Sequence[_Group], suffix: s
         message = f'no image has a caption file ending in "{suffix}". {_instead(groups)}'
     elif lacking:
         message = (
-            f'{len(lacking)} of {total} images have no caption file ending in "{suffix}": '
+            f'{len(lacking)} of {total} images {"has" if len(lacking) == 1 else "have"} no caption file ending in "{suffix}": '
             f"{_listed([p.name for p in lacking], 3)}. {_instead(groups)}"
         )
     else:
@@ -397,14 +422,10 @@ def _check_captions(pictures: list[Picture], groups: Sequence[_Group], suffix: s
         found.append(problem_with(_EXTENSION, message, "warning"))
     blank = [p.path.name for p in pictures if p.caption == "" and p.class_tokens != ""]
     if blank:
-        found.append(
-            problem_with(
-                _EXTENSION,
-                f"the caption files of {len(blank)} images are empty, so they train without a caption: "
-                f"{_listed(blank, 3)}.",
-                "warning",
-            )
-        )
+        files = f"{len(blank)} caption files are empty, so their images train"
+        one = "1 caption file is empty, so its image trains"
+        message = f"{one if len(blank) == 1 else files} without a caption: {_listed(blank, 3)}."
+        found.append(problem_with(_EXTENSION, message, "warning"))
 
 
 def _with_captions(groups: Sequence[_Group], suffix: str) -> int:

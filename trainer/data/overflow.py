@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import get_args
 
@@ -10,6 +10,7 @@ from trainer.data.folders import Picture
 from trainer.errors import Problem
 from trainer.models.clip_tokens import pieces
 from trainer.paths import shown
+from trainer.prompts import Prompt
 from trainer.schema import problem_with
 from trainer.schema.data import Captions
 
@@ -44,6 +45,17 @@ def problems(pictures: Sequence[Picture], settings: Captions) -> Iterator[Proble
     noun = "caption is" if len(long) == 1 else "captions are"
     message = f"{len(long)} {noun} longer than the {limit} tokens that are read: {named}{more}.{shuffled} {fix}"
     yield problem_with("max_token_length", message, "warning")
+
+
+def prompt_problems(prompts: Iterable[Prompt]) -> Iterator[Problem]:
+    """A warning for each sample prompt that is cut, with what is lost."""
+    limit = LENGTHS[-1]
+    for prompt in prompts:
+        for what, text in (("prompt", prompt.prompt), ("negative prompt", prompt.negative)):
+            count, cut = measured(text, limit, weighted=False)
+            if cut and text in prompt.texts:
+                message = f'line {prompt.line}: its {what} has {count} tokens (cut: "{_start(cut)}"). Shorten it: {limit} are the most.'
+                yield problem_with("sample_prompts", message, "warning")
 
 
 def _start(text: str) -> str:

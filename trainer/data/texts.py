@@ -17,7 +17,10 @@ import torch
 from trainer.data.cache import Shelf, fingerprint
 from trainer.data.captions import draw
 from trainer.data.folders import Picture
+from trainer.data.overflow import LENGTHS
 from trainer.models import TextStates
+from trainer.models.clip_tokens import pieces
+from trainer.prompts import Prompt
 from trainer.randomness import generator_at
 from trainer.schema.data import Captions
 from trainer.transfer import send
@@ -120,6 +123,17 @@ def _source(model: Any, settings: Captions) -> dict[str, Any]:
     }
 
 
-def of_prompts(model: Any, prompts: Iterable[str]) -> Texts:
-    """The states of sample prompts, whose brackets are text."""
-    return Texts(encode(prompts, lambda texts: model.text_states(model.tokens(texts))))
+def of_prompt(model: Any, prompt: Prompt) -> TextStates:
+    """The states [B,L,C] that a sample is drawn by, in as many chunks as its longest text needs, as the web UIs do.
+
+    Its brackets are text, and what is beyond the longest of `LENGTHS` is cut.
+    """
+    longest = max(len(pieces(text)) for text in prompt.texts)
+    length = next((length for length in LENGTHS if length >= longest), LENGTHS[-1])
+    return model.text_states(model.tokens(prompt.texts, max_tokens=length))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def of_prompts(model: Any, prompts: Iterable[Prompt]) -> dict[Prompt, TextStates]:
+    """The same for each prompt, in the main memory."""
+    return {prompt: TextStates(*(p if p is None else p.cpu() for p in of_prompt(model, prompt))) for prompt in prompts}

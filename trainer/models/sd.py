@@ -125,10 +125,16 @@ class StableDiffusion:
             for theirs, ours in layout.unet_names(self.unet.config).items()
         }
 
-    def tokens(self, captions: list[str], *, weighted: bool = False, padded: bool = True) -> tuple[Tokens, ...]:
-        """Token ids of the captions for each text encoder, and their weights where brackets are read; in main memory."""
+    def tokens(
+        self, captions: list[str], *, weighted: bool = False, padded: bool = True, max_tokens: int | None = None
+    ) -> tuple[Tokens, ...]:
+        """Token ids of the captions for each text encoder, and their weights where brackets are read; in main memory.
+
+        `max_tokens`: another length than that of the captions that are trained with.
+        """
+        length = max_tokens or self.max_tokens
         return tuple(
-            clip_tokens.tokenize(captions, self.max_tokens, weighted=weighted, padded=padded, padding=encoder.padding)
+            clip_tokens.tokenize(captions, length, weighted=weighted, padded=padded, padding=encoder.padding)
             for encoder in self.family.encoders
         )
 

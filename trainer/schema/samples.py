@@ -56,7 +56,8 @@ class Samples(Group):
         "Sample prompts",
         Section.SAMPLES,
         """One prompt a line; # starts a comment. Flags at the end of a line: --n negative prompt,
-        --w width, --h height, --d seed, --l CFG scale, --s steps.""",
+        --w width, --h height, --d seed, --l CFG scale, --s steps. Brackets are text and weigh nothing. Up to 225
+        tokens are read, whatever Max Token Length is.""",
         kind="lines",
         placeholder="a cat on a roof, evening --n blurry --w 512 --h 512 --d 1 --l 7.5 --s 28",
     )

@@ -96,7 +96,7 @@ def run(options: Grid, tell: Tell) -> Report:
         part.to(accelerator.device)
     prompt_texts = None
     if config.captions.cache_states and not any("text_encoder" in file.about.parts for file in files):
-        prompt_texts = texts.of_prompts(model, [text for prompt in prompts for text in prompt.texts])
+        prompt_texts = texts.of_prompts(model, prompts)
     make_compact(model, config.training, with_text_encoders=not config.captions.cache_states)
     place_unet(model, accelerator.device, [file.preset["LoRA_type"] for file in files])
 
