@@ -82,10 +82,24 @@ def test_what_cannot_work_is_told_at_its_field_and_nothing_is_started(server, vi
     page.get_by_role("button", name="Run", exact=True).click()
     page.wait_for_selector("#lw-wrong-loras >> text=outside the folders")
     page.get_by_label("LoRA 2", exact=True).fill(str(lora))
-    page.get_by_label("Rank", exact=True).fill("few")
+    page.get_by_label("Strength of LoRA 2").fill("half")
     page.get_by_role("button", name="Run", exact=True).click()
+    page.wait_for_selector("#lw-wrong-strengths >> text=“half” cannot be a strength")
+    assert page.locator("#lw-tool-form [aria-invalid]").get_attribute("id") == "lw-strength-1"
+    page.get_by_label("Strength of LoRA 1").fill("0,8")
+    page.get_by_label("Strength of LoRA 2").fill(" -1 ")
+    page.get_by_label("Rank", exact=True).fill("few")
+    with page.expect_request(lambda request: "tool_start" in (request.post_data or "")) as asked:
+        page.get_by_role("button", name="Run", exact=True).click()
+    assert asked.value.post_data_json["data"]["entries"]["strengths"] == "0.8,-1"
     page.wait_for_selector("#lw-wrong-rank >> text=a whole number")
     assert not (server.runs / "tools" / "pid").exists()
+    page.get_by_role("tab", name="Extract").click()
+    output = page.get_by_label("Output", exact=True)
+    page.get_by_label("Tuned", exact=True).fill("/models/tuned.safetensors")
+    assert output.input_value() == "/models/tuned-difference.safetensors"
+    page.get_by_label("Tuned", exact=True).fill("embedded:base.safetensors")
+    assert output.input_value() == "", "there it could not be written"
     model = lora.with_name("captioner")
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "florence2"}')
