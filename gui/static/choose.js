@@ -116,7 +116,7 @@ class Chooser {
   named(name) {
     const file = this.files.find((one) => one.name === name);
     const parts = name.replace(/\.safetensors$/, "").match(/[^-]+-*|-+/g) || [];
-    return make("span", {}, ...parts.flatMap((part) => [part, make("wbr")]), file ? make("span", { class: "lw-facts" }, ` ${t`step ${file.step}`}`) : "");
+    return make("span", {}, ...parts.flatMap((part) => [part, make("wbr")]), file && make("span", { class: "lw-facts" }, ` ${t`step ${file.step}`}`));
   }
 
   address(row, column, i) { return fileAddress(`${this.answer.folder}/${this.answer.grid.pictures[row][column][i]}`); }

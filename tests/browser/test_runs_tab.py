@@ -6,6 +6,7 @@ import signal
 
 from tests.browser.conftest import drafted, eventually, open_tab, set_text, shown, wait_state
 from tests.browser.test_live import start
+from trainer.run import Run
 from trainer.tools import contact
 
 
@@ -249,14 +250,26 @@ def test_a_sweep_is_checked_queued_and_ends_in_a_table(server, visit):
 def test_a_grid_is_shown_as_it_is_drawn_and_a_file_chosen_from_it(server, page):
     run = ended(server, page, "steps=4")
     (run / "grid").mkdir()
-    index = {"rows": ["last.safetensors"], "at": [0, 1], "pictures": [[["a.png"], ["b.png"]]], "lines": "a cat --d 7"}
+    index = {
+        "rows": ["last.safetensors", "gone-epoch-01-step00000002.safetensors"],
+        "at": [0, 1],
+        "lines": "a cat --d 7",
+    }
+    index |= {"pictures": [[["a.png"], ["b.png"]], [["c.png"], ["d.png"]]]}
     contact.write(run / "grid", index | {"prompts": [{"prompt": "a cat", "seed": 7, "size": [96, 96]}]})
     (run / "grid" / "a.png").write_bytes(next((run / "samples").iterdir()).read_bytes())
+    tools = Run(server.runs / "tools")
+    tools.folder.mkdir()
+    tools.config.write_text(json.dumps({"tool": "grid", "entries": {"output": str(run / "grid")}}))
+    report = {"type": "report", "time": 0, "report": {"warnings": ["It is slow."]}}
+    tools.events.write_text(json.dumps(report) + "\n")
     open_tab(page, "Runs")
     row(page, run).get_by_role("button", name="Choose a checkpoint").click()
     grid = page.locator("#lw-choose table")
     grid.get_by_role("button", name="a cat, last.safetensors at strength 0, open large").wait_for()
-    assert grid.locator(".lw-none").count() == 1
+    assert grid.locator(".lw-none").count() == 3
+    assert page.inner_text("#lw-choose .lw-note") == "It is slow."
+    assert page.locator("#lw-choose [role=alert]").text_content() == "", "a warning is no failure"
     assert page.get_by_label("Prompts, one a line").input_value() == "a cat --d 7"
     page.get_by_label("Strengths").fill("0, 1 1.0")
     assert page.get_by_role("button", name="Draw 2 pictures").is_enabled()
@@ -273,6 +286,18 @@ def test_a_grid_is_shown_as_it_is_drawn_and_a_file_chosen_from_it(server, page):
     page.wait_for_selector("#lw-choose .lw-wrong >> text=LoRAs: is empty, and the tool needs it.")
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate(LINES_OF_NAMES) == {"last": 1, "gone-": 1, "epoch-": 1, "01-": 1, "step00000002": 1}
+
+
+LINES_OF_NAMES = """() => Object.fromEntries(
+    [...document.querySelectorAll('.lw-contact tbody th > span')].flatMap((name) => [...name.childNodes])
+        .filter((node) => node.nodeType === Node.TEXT_NODE)
+        .map((node) => {
+            const range = document.createRange();
+            range.selectNode(node);
+            return [node.data, new Set([...range.getClientRects()].map((line) => line.top)).size];
+        }))"""
+"""On how many lines each part of a file's name stands."""
 
 
 def test_the_tab_fits_a_phone(server, page):

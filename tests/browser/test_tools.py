@@ -1,8 +1,10 @@
 import pytest
 from safetensors.torch import load_file
 
-from tests.browser.conftest import shown
+from tests.browser.conftest import open_tab, shown
 from tests.tools import loras
+from trainer.events import EventLog, Saved
+from trainer.run import Run
 
 
 def open_tools(page):
@@ -108,6 +110,12 @@ def test_what_cannot_work_is_told_at_its_field_and_nothing_is_started(server, vi
     page.get_by_label("Captioning model", exact=True).fill(str(model))
     page.get_by_label("Detail", exact=True).wait_for()
     assert not page.get_by_label("Threshold", exact=True).is_visible()
+    run = Run(server.runs / "20260101-000000-new")
+    run.output.mkdir(parents=True)
+    EventLog(run.events).emit(Saved(str(loras.write(run.output / "new.safetensors")), 1, 1, "final"))
+    open_tab(page, "Folders")
+    open_tools(page)
+    page.wait_for_selector("#lw-loras option[value$='new.safetensors']", state="attached")
 
 
 def test_this_machine_is_checked_from_the_page(server, visit):
