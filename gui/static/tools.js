@@ -8,17 +8,15 @@ const strength = (text) => Number(text.trim().replace(",", ".") || 1);
 class Tools {
   constructor(server, form, bar) {
     Object.assign(this, { server, form, bar, entries: {}, pairs: {}, offset: 0, typed: {} });
-    setInterval(() => {
-      const seen = Boolean(byId("lw-tools")?.offsetParent);
-      if (seen && !this.inView) this.shown();
-      this.inView = seen;
-    }, 200);
+    setInterval(() => { if (byId("lw-tools")?.offsetParent) this.seen(); }, 200);
+    // Runs and tools write files meanwhile; where the server is away, those of before are good enough.
+    document.addEventListener("focusin", (event) => { if (event.target.list?.id === "lw-loras") this.suggest().catch(() => {}); });
   }
 
-  // The tab is built when it is first opened; whenever it is, the files to choose from are those of now.
-  async shown() {
+  // The tab is built when it is first opened.
+  async seen() {
     const box = byId("lw-tools");
-    if (box.dataset.ready) return this.suggest().catch(() => {}); // those of before are good enough
+    if (box.dataset.ready) return;
     box.dataset.ready = "1";
     try {
       const offer = await this.suggest();
@@ -26,7 +24,6 @@ class Tools {
       for (const tool of offer.tools) this.entries[tool.name] = Object.fromEntries(tool.fields.map((p) => [p.key, p.default]));
     } catch (error) {
       delete box.dataset.ready;
-      this.inView = false;
       byId("lw-tool-summary").textContent = error.message;
       return;
     }
@@ -37,6 +34,7 @@ class Tools {
     await this.poll(true);
   }
 
+  // The LoRA files to choose from.
   async suggest() {
     const offer = await this.server.tools({});
     byId("lw-loras").replaceChildren(...offer.loras.map((value) => make("option", { value })));
@@ -254,7 +252,6 @@ class Tools {
     this.job = { ...before, ...answer, findings: [...(before.findings || []), ...(answer.findings || [])] };
     if (once && answer.state === "running") this.choose(answer.tool);
     this.tell();
-    if (!once && answer.state !== "running") this.suggest().catch(() => {}); // what it wrote is one of them now
     if (!once && answer.state !== "running") byId("lw-tool-result").scrollIntoView({ block: "nearest", behavior: "smooth" });
     if (answer.state === "running") this.timer = setTimeout(() => this.poll(), 500);
   }

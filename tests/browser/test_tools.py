@@ -1,7 +1,7 @@
 import pytest
 from safetensors.torch import load_file
 
-from tests.browser.conftest import open_tab, shown
+from tests.browser.conftest import shown
 from tests.tools import loras
 from trainer.events import EventLog, Saved
 from trainer.run import Run
@@ -113,8 +113,8 @@ def test_what_cannot_work_is_told_at_its_field_and_nothing_is_started(server, vi
     run = Run(server.runs / "20260101-000000-new")
     run.output.mkdir(parents=True)
     EventLog(run.events).emit(Saved(str(loras.write(run.output / "new.safetensors")), 1, 1, "final"))
-    open_tab(page, "Folders")
-    open_tools(page)
+    page.get_by_role("tab", name="Inspect").click()
+    page.get_by_label("LoRA", exact=True).focus()
     page.wait_for_selector("#lw-loras option[value$='new.safetensors']", state="attached")
 
 
