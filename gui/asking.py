@@ -32,6 +32,7 @@ SHAPES: dict[str, Shape] = {
     "parse": {"text": str},
     "flat": FORM,
     "save": {**FORM, "name": str},
+    "preset_delete": {"id": str},
     "check": FORM,
     "trial": FORM,
     "trial_stop": {},

@@ -56,10 +56,13 @@ class Desk:
             preset = kohya.Preset({})
         return {
             "table": form.table(),
-            "presets": self.presets.ids(),
+            **self._shelf(),
             "models": self.roots.models(),
             "draft": _as_form(preset),
         }
+
+    def _shelf(self) -> Answer:
+        return {"presets": self.presets.ids(), "misnamed": self.presets.misnamed()}
 
     def _first(self) -> kohya.Preset:
         return self.presets.load(FIRST) if FIRST in self.presets.ids() else kohya.Preset({})
@@ -112,7 +115,15 @@ class Desk:
             saved = self.presets.save(name, form.read(ask["entries"]), ask["kept"])
         except ConfigError as error:
             return {"problems": [asdict(problem) for problem in error.problems]}
-        return {"id": saved, "path": str(self.presets.path(saved)), "presets": self.presets.ids()}
+        return {"id": saved, "path": str(self.presets.path(saved)), **self._shelf()}
+
+    def preset_delete(self, ask: Ask) -> Answer:
+        """Delete one of the user's own presets; the shelf as it is then."""
+        try:
+            self.presets.delete(str(ask["id"]))
+        except ConfigError as error:
+            return {"problems": [asdict(problem) for problem in error.problems]}
+        return self._shelf()
 
     def check(self, ask: Ask) -> Answer:
         found = self.runs.check(form.read(ask["entries"]), ask["kept"])
@@ -232,11 +243,15 @@ class Desk:
         return Queue(self.runs)
 
     def enqueue(self, ask: Ask) -> Answer:
-        """Check, and let the settings wait for their turn when nothing stands in the way."""
+        """Check, and let the settings wait for their turn when nothing stands in the way.
+
+        `at_once`: nothing runs or waits before them.
+        """
         answer = self.check(ask)
         if any(problem["severity"] == "error" for problem in answer["problems"]):
             return answer
-        return self._made(self.queue.add, ask, answer)
+        at_once = self.runs.active() is None and not self.queue.waiting()
+        return {**self._made(self.queue.add, ask, answer), "at_once": at_once}
 
     def sweep(self, ask: Ask) -> Answer:
         """Check every combination of the swept values, and queue them all when nothing stands in the way of any.
@@ -245,8 +260,8 @@ class Desk:
         """
         values = form.read(ask["entries"])
         combinations, problems = sweep.plan(values, ask["fields"])
-        problems = problems or sweep.check(combinations)
-        if problems:
+        problems += sweep.check(combinations)
+        if any(problem.severity == "error" for problem in problems):
             return _refused(*problems)
         answer = self.runs.check(combinations[0].values, ask["kept"])
         if any(problem["severity"] == "error" for problem in answer["problems"]):
@@ -255,7 +270,7 @@ class Desk:
             sweep.enqueue(self.queue, combinations, ask["kept"])
         except OSError as error:
             return {**answer, "problems": [self._unwritable(error)]}
-        return {**answer, "runs": len(combinations)}
+        return {**answer, "problems": [*map(asdict, problems), *answer["problems"]], "runs": len(combinations)}
 
     def turn(self, ask: Ask) -> Answer:
         """Let a waiting run start earlier, or take it out of the queue."""
@@ -423,6 +438,7 @@ class Desk:
             "parse": self.parse,
             "flat": self.flat,
             "save": self.save,
+            "preset_delete": self.preset_delete,
             "check": self.check,
             "trial": self.trial,
             "trial_stop": self.trial_stop,

@@ -29,6 +29,11 @@ class Presets:
             if _NAME.fullmatch(path.stem)
         ]
 
+    def misnamed(self) -> list[str]:
+        """The user's files that cannot be listed, since their names cannot be a preset's."""
+        found = (path for path in self.folders[OWN].glob("*.json") if not _NAME.fullmatch(path.stem))
+        return sorted(path.name.encode(errors="replace").decode() for path in found)  # a name may be no text
+
     def path(self, preset_id: str) -> Path:
         """The file of a preset. Raises ConfigError for a name that cannot be one."""
         shelf, _, name = preset_id.partition("/")
@@ -59,6 +64,19 @@ class Presets:
                 [Problem("preset", "Preset", f'"{path}" cannot be written: {error.strerror}.')]
             ) from error
         return f"{OWN}/{name}"
+
+    def delete(self, preset_id: str) -> None:
+        """Delete one of the user's own presets. Raises ConfigError for any other, or when it cannot be deleted."""
+        path = self.path(preset_id)
+        if not preset_id.startswith(f"{OWN}/"):
+            message = f'"{path.stem}" comes with the program and stays; only presets of your own can be deleted.'
+            raise ConfigError([Problem("preset", "Preset", message)])
+        try:
+            path.unlink()
+        except OSError as error:
+            raise ConfigError(
+                [Problem("preset", "Preset", f'"{path}" cannot be deleted: {error.strerror}.')]
+            ) from error
 
 
 def _no_name(name: str) -> ConfigError:

@@ -15,9 +15,11 @@ from trainer import kohya
 from trainer.errors import Problem
 from trainer.run import Run
 from trainer.schema import PARAMETERS, Parameter, shown, without_effect
+from trainer.schema.overrides import with_additional
 
 MOST = 24
-SWITCHES = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+SWITCHES = dict.fromkeys(("on", "true", "yes", "1"), True) | dict.fromkeys(("off", "false", "no", "0"), False)
+MOST_SEED = 2**32
 LONGEST_WORD = 30
 
 
@@ -33,23 +35,35 @@ class Combination:
 def plan(values: Mapping[str, Any], fields: Sequence[Sequence[str]]) -> tuple[list[Combination], list[Problem]]:
     """The combinations of `fields`, pairs of a key and its values with commas between, on top of the settings.
 
-    Values that hold commas themselves have semicolons between them. Nothing is planned where there are problems.
+    Values that hold commas themselves have semicolons between them. Nothing is planned where there are errors;
+    warnings tell what else was decided: values left out, the seed of all.
     """
     chosen = [(key, words) for key, *texts in filter(None, fields) if key and (words := _words("".join(texts)))]
+    remarks: list[Problem] = []
     problems = [problem for key, _ in chosen if (problem := _refusal(key))]
     if not chosen:
         problems = [Problem("", "Sweep", "Choose a parameter and enter its values with commas between, at least two.")]
     elif len({key for key, _ in chosen}) < len(chosen):
         problems = [Problem(chosen[0][0], "Sweep", "both parameters are the same one; choose another for the second")]
+    if not problems:
+        remarks = [problem for key, words in chosen if (problem := _repeated(PARAMETERS[key], words))]
+        chosen = [(key, list(_by_value(PARAMETERS[key], words).values())) for key, words in chosen]
     combined = list(product(*(words for _, words in chosen)))
     if not problems and not 2 <= len(combined) <= MOST:
         problems = [Problem("", "Sweep", f"These make {len(combined)} runs; there must be 2 to {MOST}.")]
     if problems:
-        return [], problems
+        return [], [*problems, *remarks]
+    common = dict(values)
+    if _draws_a_seed(values) and "seed" not in dict(chosen):
+        common["seed"] = secrets.randbelow(MOST_SEED)
+        message = (
+            f"all runs have {common['seed']}, drawn since Seed is empty: with one each, chance would be compared too"
+        )
+        remarks.append(Problem("seed", PARAMETERS["seed"].label, f"{message}.", "warning"))
     found: list[Combination] = []
     names: set[str] = set()
     for words in combined:
-        settings = dict(values)
+        settings = dict(common)
         name = str(values.get("output_name") or PARAMETERS["output_name"].default)
         for (key, _), word in zip(chosen, words, strict=True):
             settings[key] = _held(PARAMETERS[key], word)
@@ -62,7 +76,7 @@ def plan(values: Mapping[str, Any], fields: Sequence[Sequence[str]]) -> tuple[li
         settings["output_name"] = unique
         spoken = ", ".join(f"{PARAMETERS[key].label} {word}" for (key, _), word in zip(chosen, words, strict=True))
         found.append(Combination(spoken, settings, [key for key, _ in chosen]))
-    return found, []
+    return found, remarks
 
 
 def check(combinations: Sequence[Combination]) -> list[Problem]:
@@ -97,7 +111,28 @@ def enqueue(queue: Queue, combinations: Sequence[Combination], kept: Mapping[str
 
 def _words(text: str) -> list[str]:
     words = (word.strip() for word in text.split(";" if ";" in text else ","))
-    return list(dict.fromkeys(word for word in words if word))
+    return [word for word in words if word]
+
+
+def _by_value(p: Parameter, words: Sequence[str]) -> dict[Any, str]:
+    """The first word for each value."""
+    first: dict[Any, str] = {}
+    for word in words:
+        first.setdefault(_held(p, word), word)
+    return first
+
+
+def _repeated(p: Parameter, words: Sequence[str]) -> Problem | None:
+    """That words are left out which mean the same as one before them."""
+    first = _by_value(p, words)
+    again = [f"{word} (as {first[_held(p, word)]})" for word in words if word != first[_held(p, word)]]
+    return Problem(p.key, p.label, f"left out as the same value: {', '.join(again)}.", "warning") if again else None
+
+
+def _draws_a_seed(values: Mapping[str, Any]) -> bool:
+    """Whether each run would draw a seed of its own: it has none, and none comes with a state to go on from."""
+    named, _ = with_additional(values, PARAMETERS)
+    return all(named.get(key) in (None, "") for key in ("seed", "resume"))
 
 
 def _refusal(key: str) -> Problem | None:

@@ -10,13 +10,15 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gui import runs
-from gui.files import MODEL_ENDINGS, Roots
+from gui import history, runs
+from gui.files import Roots
 from gui.form import shown
 from trainer import events
 from trainer.errors import LorawrightError, Problem
@@ -26,6 +28,9 @@ from trainer.schema.declare import Parameter
 from trainer.tools.commands import TOOLS, Tool, problems_of
 
 MOST_LORAS = 200
+ENDING_S = 5.0
+"""How long a tool that has told its end may take to be gone before another is refused."""
+
 DOCTOR = {
     "name": "doctor",
     "label": "Check this machine",
@@ -53,13 +58,15 @@ class Tools:
 
     def offer(self) -> dict[str, Any]:
         """Every tool's form, and LoRA files to choose from: of runs, the newest first, then of folders called models."""
-        outputs = (path for run_id in self.runs.ids() for path in self._saved(run_id))
+        outputs = islice((path for run_id in self.runs.ids() for path in self._saved(run_id)), MOST_LORAS)
         loras = dict.fromkeys([*map(str, outputs), *self.roots.models()])
         return {"tools": [*map(_form, TOOLS.values()), DOCTOR], "loras": list(loras)[:MOST_LORAS]}
 
     def _saved(self, run_id: str) -> Iterator[Path]:
-        folder = Run(self.runs.folder / run_id).output
-        yield from sorted(path for path in folder.glob("*") if path.suffix in MODEL_ENDINGS)
+        """The LoRA files of a run that are still there, newest first, wherever its settings put them."""
+        for path, what, _ in reversed(history.saved(Run(self.runs.folder / run_id))):
+            if what != "state" and path.is_file() and self.roots.holds(path):
+                yield path
 
     def start(self, name: str, entries: Mapping[str, Any]) -> list[Problem]:
         """Start a tool. Returns what stands in the way; empty when it runs."""
@@ -80,7 +87,7 @@ class Tools:
 
     def _launch(self, name: str, entries: Mapping[str, Any], words: Sequence[str]) -> list[Problem]:
         with self._lock:
-            if self.job.process() is not None:
+            if not self._is_free():
                 return [Problem("", "A tool is running", "Stop it first, or wait for its end.")]
             self.job.folder.mkdir(parents=True, exist_ok=True)
             for file in (self.job.events, self.job.log, self.job.exit, self.job.pid):
@@ -88,6 +95,21 @@ class Tools:
             write_whole(self.job.config, json.dumps({"tool": name, "entries": dict(entries)}).encode())
             runs.launch(self.job, [*self.runs.trainer, *words], self.runs.root)
         return []
+
+    def _is_free(self) -> bool:
+        """Whether no tool runs. One that has told its end is waited for: its process takes a moment to be gone."""
+        patience = time.monotonic() + ENDING_S
+        while self.job.process() is not None:
+            if not self._has_told_its_end() or time.monotonic() > patience:
+                return False
+            time.sleep(0.05)
+        runs.exit_code(self.job)  # is being written for a moment after the end
+        return True
+
+    def _has_told_its_end(self) -> bool:
+        if not self.job.events.exists():
+            return False
+        return any(event["type"] in ("report", "failed") for event, _ in events.read(self.job.events))
 
     def stop(self) -> None:
         """Ask the tool to end; it removes what it has not finished."""

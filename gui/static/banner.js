@@ -28,7 +28,7 @@ class Banner {
   }
 
   // What it tells holds until then; without a word it holds until something else is told.
-  over(what) { if (this.until === what) this.clear(); }
+  over(...what) { if (what.includes(this.until)) this.clear(); }
 
   busy(text) {
     this.show("busy", text);

@@ -9,6 +9,7 @@ class Bar {
     this.on("lw-load", () => this.load());
     this.on("lw-diff", () => this.diff());
     this.on("lw-save", () => this.save());
+    this.on("lw-delete", () => this.remove());
     this.on("lw-reset", () => this.reset());
     this.on("lw-changed", () => this.tellChanged());
     this.on("lw-check", () => this.check());
@@ -16,6 +17,7 @@ class Bar {
     this.on("lw-try", () => this.trial());
     this.on("lw-queue", () => this.enqueue());
     live.whenBusy = (busy) => { this.offerTrial(busy); if (this.sawBusy && !busy) banner.over("busy"); this.sawBusy = busy; };
+    live.whenBack = () => banner.over("back");
     this.offerTrial(false);
     form.resetting = (p) => this.order(() => this.resetOne(p));
     form.whenChanged.push(() => this.count());
@@ -37,10 +39,13 @@ class Bar {
     if (this.working) return this.banner.show("info", t`One thing at a time: what was asked for before is still under way. Press again when it is done.`);
     this.working = true;
     document.body.classList.add("lw-working");
+    const before = this.banner.node.firstChild;
     try {
       await act();
+      if (this.banner.node.firstChild === before) this.banner.over("back", "done");
     } catch (error) {
       this.banner.show("error", t`${error.message} A training that runs is not affected.`);
+      if (error.status === 0) this.banner.until = "back";
     } finally {
       this.working = false;
       document.body.classList.remove("lw-working");
@@ -50,13 +55,15 @@ class Bar {
   // The preset that the form was filled with; "" if with something else, null on the first visit.
   get source() { return localStorage.getItem("lorawright.preset"); }
 
-  offer(presets) {
+  // `misnamed`: files among the user's own whose names cannot be a preset's.
+  offer({ presets, misnamed }) {
     const chosen = this.source ?? FIRST;
     const group = (label, shelf) => {
       const ids = presets.filter((id) => id.startsWith(shelf));
       return ids.length ? [make("optgroup", { label }, ...ids.map((id) => make("option", { value: id }, id.slice(shelf.length))))] : [];
     };
-    this.preset.replaceChildren(make("option", { value: "", hidden: true }, t`choose a preset`), ...group(t`Your presets`, "own/"), ...group(t`Built in`, "shipped/"));
+    this.preset.replaceChildren(make("option", { value: "", hidden: true }, t`choose a preset`), ...group(t`Your presets`, "own/"), ...group(t`Built in`, "shipped/"),
+      ...(misnamed.length ? [make("optgroup", { label: t`Rename these files to list them: letters, digits, blanks, . - _ + ( )` }, ...misnamed.map((name) => make("option", { disabled: true }, name)))] : []));
     this.choose(presets.includes(chosen) ? chosen : "");
     this.preset.onchange = () => this.choose(this.preset.value, false);
   }
@@ -65,6 +72,7 @@ class Bar {
   choose(id, kept = true) {
     this.preset.value = id;
     byId("lw-load").disabled = byId("lw-diff").disabled = !id;
+    byId("lw-delete").hidden = !id?.startsWith("own/");
     byId("lw-load").classList.toggle("lw-primary", !kept && id !== this.source); // chosen is not loaded yet
     if (kept) localStorage.setItem("lorawright.preset", id);
   }
@@ -140,9 +148,19 @@ class Bar {
       answer = await this.server.save({ ...order, replace: true });
     }
     if (answer.problems) return this.banner.show("error", t`The preset was not saved.`, answer.problems);
-    this.offer(answer.presets);
+    this.offer(answer);
     this.choose(answer.id);
     this.banner.show("good", t`Saved as ${answer.path}`);
+  }
+
+  async remove() {
+    const id = this.preset.value, name = id.split("/")[1];
+    const text = make("p", {}, t`The preset “${name}” is deleted for good. The form stays as it is.`);
+    if ((await ask(t`Delete the preset?`, text, [["", t`Keep`], ["delete", t`Delete`, "lw-danger"]])) !== "delete") return;
+    const answer = await this.server.preset_delete({ id });
+    if (answer.problems) return this.banner.show("error", t`The preset was not deleted.`, answer.problems);
+    this.offer(answer);
+    this.banner.show("good", t`Deleted “${name}”.`);
   }
 
   async reset() {
@@ -235,7 +253,7 @@ class Bar {
   async enqueue(settings = null) {
     this.banner.busy(t`Checking, then adding to the queue …`);
     const answer = await this.server.enqueue(settings || await this.shown());
-    this.tell(answer, t`In the queue: it starts when what runs has ended.`, answer.run ? [[t`Show the queue`, () => this.form.open("Runs")]] : [], settings);
+    this.tell(answer, answer.at_once ? t`In the queue: nothing else runs, so it starts now.` : t`In the queue: it starts when what runs has ended.`, answer.run ? [[t`Show the queue`, () => this.form.open("Runs")]] : [], settings);
   }
 
   // `elsewhere`: the settings, where they are not those that the form shows.
@@ -246,6 +264,8 @@ class Bar {
     const titled = (n) => (n === 1 ? t`One thing stands in the way of training:` : t`${n} things stand in the way of training:`);
     const title = errors.length ? titled(errors.length) : success;
     this.banner.show(errors.length ? "error" : items.length ? "warning" : "good", title, items, actions);
-    if (errors.length && !elsewhere) this.banner.blames(this.form.entries, titled);
+    if (!errors.length) return;
+    if (elsewhere) this.banner.until = "done";
+    else this.banner.blames(this.form.entries, titled);
   }
 }

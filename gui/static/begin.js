@@ -21,7 +21,7 @@ async function begin(server) {
   new RunList(server, live, bar);
   new Json(server, form, bar);
   new Finder(form, server, new Tools(server, form, bar));
-  bar.offer(hello.presets);
+  bar.offer(hello);
   await form.fill(hello.draft.entries, hello.draft.kept);
   document.documentElement.dataset.lorawright = "ready";
 }

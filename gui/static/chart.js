@@ -105,6 +105,8 @@ function fresh(canvas) {
   return { pen, width, height, colour: (name) => look.getPropertyValue(name).trim() };
 }
 
+const LINE = 13; // a label's height
+
 // Draw a logarithmic axis of losses and one of steps; returns the box between them, and where a step and a loss lie.
 function axes(pen, width, height, colour, first, last, losses) {
   const box = { left: 46, right: width - 8, top: 8, bottom: height - 24 };
@@ -120,8 +122,11 @@ function axes(pen, width, height, colour, first, last, losses) {
   pen.lineWidth = 1;
   pen.textAlign = "right";
   pen.textBaseline = "middle";
-  for (const value of logTicks(low, high, Math.max(3, Math.floor((box.bottom - box.top) / 24)))) {
+  let above = -LINE;
+  for (const value of logTicks(low, high, Math.max(3, Math.floor((box.bottom - box.top) / 24))).reverse()) {
     const at = Math.round(y(value)) + 0.5;
+    if (at - above < LINE) continue; // 0.098 under 0.1: a decade's end is denser than the next one's beginning
+    above = at;
     pen.beginPath(); pen.moveTo(box.left, at); pen.lineTo(box.right, at); pen.stroke();
     pen.fillText(String(Number(value.toPrecision(3))), box.left - 6, at);
   }

@@ -20,27 +20,33 @@ class Chooser {
     this.phase = make("span", { class: "lw-facts", role: "status" });
     this.progress = make("progress", { "aria-label": t`Progress of the drawing`, hidden: true });
     this.wrong = make("p", { class: "lw-wrong", role: "alert" });
+    this.notes = make("p", { class: "lw-note" });
     this.which = make("select", { class: "lw-input", "aria-label": t`Prompt shown`, onchange: () => { this.prompt = Number(this.which.value); this.show(true); } });
     this.grid = make("div", {});
     byId("lw-choose").replaceChildren(make("section", { class: "section", "aria-label": t`Choose a checkpoint` },
       make("div", { class: "lw-row lw-heading" }, make("h3", {}, t`Choose a checkpoint of ${run}`), make("span", { class: "lw-gap" }),
-        make("button", { class: "lw-close", type: "button", "aria-label": t`Close`, onclick: () => { this.run = ""; byId("lw-choose").replaceChildren(); } }, "×")),
+        make("button", { class: "lw-close", type: "button", "aria-label": t`Close`, onclick: () => this.close() }, "×")),
       make("form", { onsubmit: (event) => { event.preventDefault(); this.bar.order(() => this.draw()); } },
         make("fieldset", {}, make("legend", {}, t`Files`), files),
         make("div", { class: "lw-pairs" },
           make("label", { class: "lw-stack", htmlFor: "lw-choose-at" }, t`Strengths`, this.at, make("span", { class: "lw-facts" }, t`1 is as trained, 0 the base model alone.`)),
           make("label", { class: "lw-stack", htmlFor: "lw-choose-prompts" }, t`Prompts, one a line`, this.prompts)),
-        make("div", { class: "lw-row" }, this.start, this.stop, this.phase), this.progress, this.wrong),
+        make("div", { class: "lw-row" }, this.start, this.stop, this.phase), this.progress, this.wrong, this.notes),
       this.grid));
     this.count();
     this.take(answer);
     byId("lw-choose").scrollIntoView({ block: "start", behavior: "smooth" });
   }
 
+  close() {
+    this.run = "";
+    byId("lw-choose").replaceChildren();
+  }
+
   get names() { return [...byId("lw-choose").querySelectorAll("[type=checkbox]:checked")].map((box) => box.name); }
 
   count() {
-    const files = this.names.length, strengths = this.at.value.split(/[\s,]+/).filter(Boolean).length;
+    const files = this.names.length, strengths = new Set(this.at.value.split(/[\s,]+/).filter(Boolean).map(Number)).size;
     const prompts = this.prompts.value.split("\n").filter((line) => line.trim() && !line.trim().startsWith("#")).length;
     const total = files * strengths * prompts;
     this.start.textContent = total ? t`Draw ${counted(total, "picture")}` : t`Draw`;
@@ -53,7 +59,7 @@ class Chooser {
     const text = make("p", {}, t`A training is going on. Drawing needs room for a second model in the same memory and slows both down.`);
     if (alive && (await ask(t`Draw while a training goes on?`, text, [["", t`Cancel`], ["yes", t`Draw now`, "lw-primary"]])) !== "yes") return;
     const { problems } = await this.server.grid_start({ run: this.run, names: this.names, at: this.at.value, prompts: this.prompts.value });
-    this.wrong.textContent = problems.map((p) => `${p.label}: ${p.message}.`).join(" ");
+    this.wrong.textContent = problems.map((p) => sentence(`${p.label}: ${p.message}`)).join(" ");
     if (!problems.length) await this.poll();
   }
 
@@ -82,7 +88,8 @@ class Chooser {
     if (total) Object.assign(this.progress, { max: total, value: done });
     else this.progress.removeAttribute("value");
     this.phase.textContent = this.running ? (total ? t`${name || "starting"}: ${done} of ${total}` : t`${name || "starting"} …`) : "";
-    this.wrong.textContent = ["failed", "stopped"].includes(answer.state) ? `${answer.failed.message} ${answer.failed.hint}` : (answer.report?.report.warnings || []).join(" ");
+    this.wrong.textContent = ["failed", "stopped"].includes(answer.state) ? `${answer.failed.message} ${answer.failed.hint}` : "";
+    this.notes.textContent = (answer.report?.report.warnings || []).join(" ");
     this.count();
     this.show();
     if (began) this.timer = setTimeout(() => this.poll(), 500);
@@ -108,7 +115,8 @@ class Chooser {
   // A long name may break behind its hyphens.
   named(name) {
     const file = this.files.find((one) => one.name === name);
-    return make("span", {}, name.replace(/\.safetensors$/, ""), file ? make("span", { class: "lw-facts" }, ` ${t`step ${file.step}`}`) : "");
+    const parts = name.replace(/\.safetensors$/, "").match(/[^-]+-*|-+/g) || [];
+    return make("span", {}, ...parts.flatMap((part) => [part, make("wbr")]), file && make("span", { class: "lw-facts" }, ` ${t`step ${file.step}`}`));
   }
 
   address(row, column, i) { return fileAddress(`${this.answer.folder}/${this.answer.grid.pictures[row][column][i]}`); }

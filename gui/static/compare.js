@@ -22,13 +22,18 @@ class Compare {
     this.readouts = this.runs.map(() => make("span", { class: "lw-read" }));
     byId("lw-compare").replaceChildren(make("section", { class: "section", "aria-label": t`Comparison` },
       make("div", { class: "lw-row lw-heading" }, make("h3", {}, t`Average loss`), make("span", { class: "lw-gap" }),
-        make("button", { class: "lw-close", type: "button", "aria-label": t`Close the comparison`, onclick: () => byId("lw-compare").replaceChildren() }, "×")),
+        make("button", { class: "lw-close", type: "button", "aria-label": t`Close the comparison`, onclick: () => this.close() }, "×")),
       make("ul", { class: "lw-legend" }, ...this.runs.map((run, i) => make("li", {}, this.swatch(i), `${this.called(run)} · `, this.readouts[i]))),
       this.canvas, make("h3", {}, t`Results`), this.results(), make("h3", {}, t`Samples`), ...this.samples(),
       ...(this.keys.length > MOST_COLUMNS ? [make("h3", {}, t`Settings that differ`), this.settings()] : [])));
     this.listen();
     redrawn(this.canvas, () => { if (this.canvas.isConnected) this.draw(); });
     byId("lw-compare").scrollIntoView({ block: "start", behavior: "smooth" });
+  }
+
+  close() {
+    this.runs = [];
+    byId("lw-compare").replaceChildren();
   }
 
   // The folder's name is told only where two runs have the same.

@@ -9,7 +9,7 @@ class Finder {
     const tab = (label, help) => ({ label: said(label), key: "", help, tab: label, section: label, go: () => form.open(label) });
     this.places = [
       tab("Dataset", t`Images, captions, tags, repeats, buckets, crops, duplicates, damage, upload of a zip.`),
-      tab("Config (JSON)", t`The settings as a preset: edit, paste, copy; the command line.`),
+      tab("Config (JSON)", t`The settings as a preset: edit, paste, copy, open a preset's file; the command line.`),
       tab("Runs", t`Resume, repeat, files, download, delete, compare, queue, sweep, choose a checkpoint.`),
     ];
     this.box = byId("lw-find");

@@ -128,7 +128,14 @@ class RunList {
     if (sure === "") return;
     const { refused } = sure ? await this.server.delete({ run: run.id, sure: true }) : found;
     if (refused) this.bar.banner.show("error", t`The run is not deleted.`, [{ severity: "error", message: refused }]);
+    else this.leave(run.id);
     await this.again();
+  }
+
+  // What is open of a run that is gone.
+  leave(id) {
+    if (this.chooser.run === id) this.chooser.close();
+    if (this.comparison.runs.some(({ run }) => run === id)) this.comparison.close();
   }
 }
 
@@ -140,11 +147,15 @@ class Json {
     form.whenChanged.push(() => this.refresh());
     // The tab is built when it is first opened; who types at once is heard all the same.
     document.addEventListener("input", (event) => {
-      if (event.target.id === "lw-json") { this.edited = true; byId("lw-json-apply").disabled = false; }
+      if (event.target.id === "lw-json") this.mark(true);
+    });
+    document.addEventListener("change", (event) => {
+      if (event.target.id === "lw-json-file") this.bar.order(() => this.open(event.target));
     });
     document.addEventListener("click", (event) => {
       if (event.target.id === "lw-json-apply") this.bar.order(() => this.apply());
-      if (event.target.id === "lw-json-copy") navigator.clipboard?.writeText(byId("lw-json").value);
+      if (event.target.id === "lw-json-discard") { this.mark(false); this.refresh(); }
+      if (event.target.id === "lw-json-copy") this.copy();
     });
     setInterval(() => { if (!this.filled) this.refresh(); }, 200);
   }
@@ -160,16 +171,50 @@ class Json {
     } catch { /* the live panel says that the server is away; the next change asks again */ }
   }
 
-  async apply() {
-    const answer = await this.server.parse({ text: byId("lw-json").value });
+  // What was typed stays, and the form waits, until it is applied or discarded.
+  mark(edited) {
+    this.edited = edited;
+    byId("lw-json-apply").disabled = byId("lw-json-discard").hidden = !edited;
+    this.tell("");
+  }
+
+  tell(words) { byId("lw-json-told").textContent = [this.edited && t`edited, not applied`, words].filter(Boolean).join(" · "); }
+
+  // Only a page that is secure (https, or on this machine) has a clipboard.
+  async copy() {
+    const box = byId("lw-json");
+    let copied = await navigator.clipboard?.writeText(box.value).then(() => true, () => false);
+    if (!copied) {
+      box.focus();
+      box.select();
+      copied = document.execCommand("copy");
+      if (copied) byId("lw-json-copy").focus(); // what is being typed in does not follow the form
+    }
+    this.tell(copied ? t`Copied.` : t`Press Ctrl+C to copy what is selected.`);
+  }
+
+  // A preset's file from where the browser runs.
+  async open(input) {
+    const [file] = input.files;
+    input.value = ""; // so that the same file can be opened again
+    if (!file) return;
+    await this.take(await file.text(), t`The form shows what ${file.name} says.`);
+  }
+
+  async apply() { await this.take(byId("lw-json").value, t`The form shows what the JSON says.`); }
+
+  // Show a preset's text in the form; where it is none, in the box, with the cursor where it is wrong.
+  async take(text, title) {
+    const answer = await this.server.parse({ text });
     if (!answer.entries) {
+      byId("lw-json").value = text;
+      this.mark(true);
       this.bar.banner.show("error", t`This is not a preset.`, answer.problems);
       if (answer.line) select_line(byId("lw-json"), answer.line);
       return;
     }
-    this.edited = false;
-    byId("lw-json-apply").disabled = true;
-    await this.bar.take(answer, t`The form shows what the JSON says.`);
+    this.mark(false);
+    await this.bar.take(answer, title);
     this.refresh();
   }
 }

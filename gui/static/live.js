@@ -11,6 +11,7 @@ class Live {
     this.pinned = "";
     this.failures = 0;
     this.whenBusy = () => {};
+    this.whenBack = () => {};
     this.resuming = () => {};
     this.controls();
     this.forget("");
@@ -57,6 +58,7 @@ class Live {
     let wait;
     try {
       const answer = await this.server.poll({ run: this.run, follow: this.pinned, events: this.events, log: this.logAt });
+      if (this.failures) this.whenBack();
       this.failures = 0;
       wait = this.take(answer);
     } catch (error) {
@@ -141,8 +143,9 @@ class Live {
       if (step.memory_bytes) figures.push(t`${(step.memory_bytes / 2 ** 30).toFixed(1)} GB`);
       sentence = doing ? t`Now: ${doing}` : this.outline();
     } else if (state === "stopping") {
-      short = step ? t`stopping · saving at step ${step.step}` : t`stopping`;
-      sentence = working?.name === "drawing samples" ? t`The picture is left unfinished; it stops after one more step.`
+      const drawing = working?.name === "drawing samples";
+      short = step && !drawing ? t`stopping · saving at step ${step.step}` : t`stopping`;
+      sentence = drawing ? t`The picture is left unfinished; it stops after one more step.`
         : doing ? t`Now: ${doing}. Then it stops.` : t`The step it is in is finished and saved.`;
     } else if (state === "stopped" || state === "done") {
       const end = this.ended;

@@ -4,7 +4,7 @@ class Sweep {
   constructor(form, server, bar, list) {
     Object.assign(this, { form, server, bar, list });
     // The tab is built when it is first opened.
-    document.addEventListener("input", (event) => { if (event.target.closest?.("#lw-sweep")) this.tell(); });
+    document.addEventListener("input", (event) => { if (event.target.closest?.("#lw-sweep")) { this.tell(); this.bar.banner.over("done"); } });
     document.addEventListener("submit", (event) => {
       if (event.target.id !== "lw-sweep-form") return;
       event.preventDefault();
@@ -35,7 +35,8 @@ class Sweep {
     let runs = 1, wrong = false;
     for (const i of [1, 2]) {
       const p = this.chosen(i), typed = byId(`lw-sweep-field-${i}`).value.trim();
-      byId(`lw-sweep-about-${i}`).textContent = p ? t`${p.allowed}; in the form: ${this.form.spoken(this.form.entries[p.key])}` : typed ? t`No parameter has this label or key.` : "";
+      byId(`lw-sweep-about-${i}`).textContent = p?.kind === "text" ? t`with semicolons between, as in 512,512; 768,768; in the form: ${this.form.spoken(this.form.entries[p.key])}`
+        : p ? t`${p.allowed}; in the form: ${this.form.spoken(this.form.entries[p.key])}` : typed ? t`No parameter has this label or key.` : "";
       wrong ||= Boolean(typed) !== Boolean(p);
       if (p) runs *= this.values(i).length;
     }

@@ -2,10 +2,15 @@
 
 const OUTPUTS = { merge: "merged", "merge-loras": "merged", resize: "resized", extract: "difference", convert: "converted", grid: "grid" };
 
+// A comma is where many countries have the point.
+const strength = (text) => Number(text.trim().replace(",", ".") || 1);
+
 class Tools {
   constructor(server, form, bar) {
-    Object.assign(this, { server, form, bar, entries: {}, offset: 0, typed: {} });
+    Object.assign(this, { server, form, bar, entries: {}, pairs: {}, offset: 0, typed: {} });
     setInterval(() => { if (byId("lw-tools")?.offsetParent) this.seen(); }, 200);
+    // Runs and tools write files meanwhile; where the server is away, those of before are good enough.
+    document.addEventListener("focusin", (event) => { if (event.target.list?.id === "lw-loras") this.suggest().catch(() => {}); });
   }
 
   // The tab is built when it is first opened.
@@ -14,10 +19,9 @@ class Tools {
     if (box.dataset.ready) return;
     box.dataset.ready = "1";
     try {
-      const offer = await this.server.tools({});
+      const offer = await this.suggest();
       this.tools = new Map(offer.tools.map((tool) => [tool.name, { ...translated(tool), fields: tool.fields.map(translated) }]));
       for (const tool of offer.tools) this.entries[tool.name] = Object.fromEntries(tool.fields.map((p) => [p.key, p.default]));
-      byId("lw-loras").replaceChildren(...offer.loras.map((value) => make("option", { value })));
     } catch (error) {
       delete box.dataset.ready;
       byId("lw-tool-summary").textContent = error.message;
@@ -28,6 +32,13 @@ class Tools {
     byId("lw-tool-stop").addEventListener("click", () => this.bar.order(() => this.server.tool_stop({})));
     this.choose(localStorage.getItem("lorawright.tool") || "inspect");
     await this.poll(true);
+  }
+
+  // The LoRA files to choose from.
+  async suggest() {
+    const offer = await this.server.tools({});
+    byId("lw-loras").replaceChildren(...offer.loras.map((value) => make("option", { value })));
+    return offer;
   }
 
   // By what they work on: as a list, and on a phone as a select.
@@ -81,6 +92,9 @@ class Tools {
 
   get values() { return this.entries[this.tool.name]; }
 
+  // LoRAs with their strengths as they were typed, one row each.
+  get rows() { return this.pairs[this.tool.name] ??= [["", "1"]]; }
+
   draw() {
     const fields = this.tool.fields.filter((p) => p.key !== "strengths");
     byId("lw-tool-form").replaceChildren(...fields.map((p) => (p.key === "loras" ? this.loras(p) : this.field(p))));
@@ -98,7 +112,8 @@ class Tools {
     const source = (this.values.loras || this.values.lora || this.values.tuned || "").split("\n")[0];
     const dot = source.lastIndexOf(".");
     const folder = this.tool.name === "merge" && !/\.[a-z]+$/i.test(this.values.model) && this.values.model;
-    this.values.output = input.value = source && dot > 0 ? `${source.slice(0, dot)}-${word}${folder || word === "grid" ? "" : ".safetensors"}` : "";
+    // What comes along lies where nobody may write.
+    this.values.output = input.value = dot > 0 && !source.startsWith("embedded:") ? `${source.slice(0, dot)}-${word}${folder || word === "grid" ? "" : ".safetensors"}` : "";
   }
 
   set(key, value) {
@@ -163,22 +178,17 @@ class Tools {
       "aria-label": t`Browse for ${p.label}`, onclick: () => browse(at, { ...p, kind: p.kind === "lines" ? "file" : p.kind }, this.server) }, "…"));
   }
 
-  // LoRAs with their strengths, one row each; the entries are lines of paths and numbers between commas.
   loras(p) {
-    const strengths = this.tool.fields.find((other) => other.key === "strengths");
-    const paths = this.values.loras.split("\n"), numbers = String(this.values.strengths ?? "").split(",");
-    const rows = this.values.loras ? paths.map((path, i) => [path, numbers[i] ?? numbers[0]]) : [["", "1"]];
-    const store = () => {
-      if (strengths) this.set("strengths", rows.map(([, number]) => number.trim() || "1").join(","));
-      this.set("loras", rows.map(([path]) => path).join("\n"));
-    };
+    const strengths = this.tool.fields.find((other) => other.key === "strengths"), { rows } = this;
+    const store = () => this.set("loras", rows.map(([path]) => path).join("\n"));
     const again = () => { store(); byId("lw-option-loras").replaceWith(this.loras(p)); };
     const row = (entry, i) => {
       const path = make("input", { id: `lw-input-loras-${i}`, class: "lw-input", value: entry[0], spellcheck: false, autocomplete: "off",
         "aria-label": t`LoRA ${i + 1}`, "aria-errormessage": "lw-wrong-loras", oninput: (e) => { entry[0] = e.target.value; store(); } });
       path.setAttribute("list", "lw-loras");
-      const number = strengths && make("input", { class: "lw-input lw-strength", value: entry[1], inputMode: "decimal", autocomplete: "off",
-        "aria-label": t`Strength of LoRA ${i + 1}`, title: t`Strength`, "aria-description": strengths.help, oninput: (e) => { entry[1] = e.target.value; store(); } });
+      const number = strengths && make("input", { id: `lw-strength-${i}`, class: "lw-input lw-strength", value: entry[1], inputMode: "decimal", autocomplete: "off",
+        "aria-label": t`Strength of LoRA ${i + 1}`, title: t`Strength`, "aria-description": strengths.help, "aria-errormessage": "lw-wrong-strengths",
+        oninput: (e) => { entry[1] = e.target.value; } });
       const remove = make("button", { class: "lw-button", type: "button", "aria-label": t`Remove LoRA ${i + 1}`, disabled: rows.length === 1,
         onclick: () => { rows.splice(i, 1); again(); byId("lw-input-loras-0").focus(); } }, "×");
       return make("div", { class: "lw-lora" }, this.withBrowse(p, path, (value) => { entry[0] = value; store(); }), number, remove);
@@ -197,22 +207,26 @@ class Tools {
       const wrong = byId(`lw-wrong-${p.key}`);
       if (!wrong) { elsewhere.push(p); continue; }
       wrong.textContent = p.message;
-      wrong.parentElement.querySelector("input, select, textarea")?.setAttribute("aria-invalid", "true");
+      for (const node of p.at || [wrong.parentElement.querySelector("input, select, textarea")]) node?.setAttribute("aria-invalid", "true");
     }
     byId("lw-tool-form").querySelector("[aria-invalid]")?.focus();
     return elsewhere;
   }
 
   async run() {
-    const loras = String(this.values.loras || "").split("\n");
-    const numbers = String(this.values.strengths || "").split(",");
-    const kept = loras.map((path, i) => [path, numbers[i] ?? numbers[0]]).filter(([path]) => path.trim());
-    const entries = "loras" in this.values ? { ...this.values, loras: kept.map(([path]) => path).join("\n"), strengths: kept.map(([, n]) => n).join(",") } : this.values;
+    const kept = this.rows.map(([path, number], i) => ({ path, number, strength: strength(number), i })).filter(({ path }) => path.trim());
+    const unread = "strengths" in this.values ? kept.filter((row) => !Number.isFinite(row.strength)) : [];
+    if (unread.length) {
+      const typed = unread.map(({ number }) => `“${number}”`).join(", ");
+      this.mark([{ key: "strengths", message: t`${typed} cannot be a strength; type a number, as 0.8 or -1.`, at: unread.map(({ i }) => byId(`lw-strength-${i}`)) }]);
+      return;
+    }
+    const entries = "loras" in this.values ? { ...this.values, loras: kept.map(({ path }) => path).join("\n"), strengths: kept.map((row) => row.strength).join(",") } : this.values;
     const shown = Object.fromEntries(this.tool.fields.filter((p) => !byId(`lw-option-${p.key}`)?.hidden).map((p) => [p.key, entries[p.key]]));
     const { problems } = await this.server.tool_start({ tool: this.tool.name, entries: shown });
     const elsewhere = this.mark(problems);
     if (problems.length) {
-      this.show(elsewhere.map((p) => make("p", { class: "lw-wrong" }, `${p.label}: ${p.message}.`)));
+      this.show(elsewhere.map((p) => make("p", { class: "lw-wrong" }, sentence(`${p.label}: ${p.message}`))));
       return;
     }
     this.offset = 0;

@@ -10,6 +10,9 @@ const t = (parts, ...values) => said(parts.reduce((whole, part, i) => `${whole}{
 
 const counted = (count, noun, several = `${noun}s`) => said(`{0} ${count === 1 ? noun : several}`, count);
 
+// What the server says of a value, as a sentence.
+const sentence = (words) => (/[.!?…]$/.test(words) ? words : `${words}.`);
+
 // A parameter's or a tool's row with its words in the page's language.
 function translated(row) {
   const words = ["label", "help", "allowed", "summary", "group"].filter((name) => row[name]);

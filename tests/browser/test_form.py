@@ -287,7 +287,7 @@ def test_leaving_a_dropdown_by_tab_closes_its_list(page):
     page.get_by_role("option", name="bf16").wait_for(state="detached")
 
 
-def test_saving_asks_before_it_replaces_and_the_preset_comes_back(page):
+def test_saving_asks_before_it_replaces_and_the_preset_comes_back_until_it_is_deleted(server, page):
     set_text(page, "training_comment", "first")
     for comment, replaces in (("first", False), ("second", True)):
         set_text(page, "training_comment", comment)
@@ -304,6 +304,12 @@ def test_saving_asks_before_it_replaces_and_the_preset_comes_back(page):
     load(page, "Mine (ü)")
     assert shown(page, "training_comment") == "second"
     assert page.evaluate("document.getElementById('lw-preset').selectedOptions[0].textContent") == "Mine (ü)"
+    page.get_by_role("button", name="Delete the preset").click()
+    page.locator("dialog").get_by_role("button", name="Delete", exact=True).click()
+    page.wait_for_selector("#lw-banner >> text=Deleted “Mine (ü)”")
+    assert not (server.runs / "presets" / "Mine (ü).json").exists()
+    assert page.locator("#lw-preset").input_value() == "" and page.locator("#lw-delete").is_hidden()
+    assert shown(page, "training_comment") == "second"
 
 
 def test_a_path_is_picked_in_the_browser_of_folders(page):
@@ -331,10 +337,28 @@ def test_a_model_that_was_found_can_be_picked_and_typing_a_path_ends_the_pick(pa
     assert path.input_value() == "/elsewhere"
 
 
-def test_the_json_of_the_form_can_be_edited_and_errors_have_a_line(page):
+def test_the_json_of_the_form_can_be_edited_discarded_copied_or_opened_and_errors_have_a_line(page):
     open_tab(page, "Config (JSON)")
     box = page.get_by_label("Settings as JSON")
     page.wait_for_function("document.getElementById('lw-json').value.includes('network_dim')")
+    box.fill('{"network_dim": 12,\n "epoch" 3}')
+    page.get_by_text("edited, not applied").wait_for()
+    page.get_by_role("button", name="Discard my edit").click()
+    page.wait_for_function("document.getElementById('lw-json').value.includes('train_data_dir')")
+    assert page.get_by_text("edited, not applied").count() == 0
+    for clipboard in ("undefined", "{ writeText: () => Promise.reject() }"):  # as where the page is not secure
+        page.evaluate(f"Object.defineProperty(navigator, 'clipboard', {{ value: {clipboard}, configurable: true }})")
+        page.get_by_role("button", name="Copy", exact=True).click()
+        page.locator("#lw-json-told", has_text="Copied.").wait_for()
+        page.evaluate("document.getElementById('lw-json-told').textContent = ''")
+    for holds, told in (('{"network_dim": 20}', "The form shows what mine.json says"), ("{20", "Line 1")):
+        file = {"name": "mine.json", "mimeType": "application/json", "buffer": holds.encode()}
+        page.get_by_label("Open file…").set_input_files(file)
+        page.wait_for_selector(f"#lw-banner >> text={told}")
+        page.wait_for_function(
+            "(text) => document.getElementById('lw-json').value.includes(text)", arg=holds.strip("{}")
+        )
+    assert box.input_value() == "{20"
     box.fill('{"network_dim": 12,\n "epoch" 3}')
     page.get_by_role("button", name="Apply").click()
     page.wait_for_selector("#lw-banner >> text=Line 2")

@@ -2,6 +2,7 @@ import json
 import os
 import signal
 import time
+from itertools import pairwise
 
 import psutil
 import pytest
@@ -189,17 +190,37 @@ def test_silence_turns_amber_and_names_the_phase(page, alive):
     assert "caching latents 120/400" in wait_state(page, "quiet")
     assert "No sign of life for 3 min" in page.inner_text("#lw-sentence")
     run.request("stop")
-    EventLog(run.events).emit(Phase("drawing samples", 0, 3))
+    events = EventLog(run.events)
+    events.emit(Step(8, 20, 1, 1, 0.1, 0.1, 1e-4, None, 2.0, None, 0))
+    page.wait_for_selector("#lw-pill >> text=stopping · saving at step 8")
+    events.emit(Phase("drawing samples", 0, 3))
     page.wait_for_selector("#lw-sentence >> text=The picture is left unfinished; it stops after one more step.")
+    assert page.inner_text("#lw-pill") == "stopping"
+
+
+NOTE_LABELS = """() => {
+    const write = CanvasRenderingContext2D.prototype.fillText;
+    let labels = {}, above = 0;
+    CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+        if (this.textAlign === 'right' && this.canvas.id === 'lw-loss') {
+            if (y <= above) labels = {};
+            labels[text] = above = y;
+        }
+        return write.call(this, text, x, y);
+    };
+    lorawright.labels = () => { CanvasRenderingContext2D.prototype.fillText = write; return labels; };
+}"""
+"""Note which losses the axis names when it was drawn last, and where."""
 
 
 def test_a_long_run_arrives_in_parts_and_stays_fluent(page, alive):
+    page.evaluate(NOTE_LABELS)
     run = alive()
     events = EventLog(run.events)
     events.emit(Started("x", "sd1", "cpu", "no", 1, 1, 1, 8000, 1, 1))
     events.emit(Phase("training", 0, 8000))
     for n in range(1, 5001):
-        events.emit(Step(n, 8000, 1, 1, 0.1 + 1 / n, 0.1 + 1 / n, 1e-4, None, 2.0, None, 0))
+        events.emit(Step(n, 8000, 1, 1, 0.1073 + n * 8e-6, 0.13, 1e-4, None, 2.0, None, 0))
     page.wait_for_function("document.getElementById('lw-pill').textContent.includes('5000/8000')")
     page.wait_for_function("document.getElementById('lw-readout').textContent.includes('step 5000')")
     share = page.evaluate(
@@ -211,6 +232,10 @@ def test_a_long_run_arrives_in_parts_and_stays_fluent(page, alive):
         }"""
     )
     assert share < 0.2
+    labels = page.evaluate("lorawright.labels()")
+    assert "0.1" in labels and "0.098" not in labels, "they would be printed over each other"
+    places = sorted(labels.values())
+    assert all(below - above >= 11 for above, below in pairwise(places))
 
 
 def test_an_older_run_can_be_watched_and_stays_after_a_reload(server, page):

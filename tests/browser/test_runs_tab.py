@@ -6,6 +6,7 @@ import signal
 
 from tests.browser.conftest import drafted, eventually, open_tab, set_text, shown, wait_state
 from tests.browser.test_live import start
+from trainer.run import Run
 from trainer.tools import contact
 
 
@@ -115,8 +116,11 @@ def test_a_run_is_repeated_its_files_fetched_and_then_deleted_with_care(server, 
     assert "output/last.safetensors" in text and "did not write it: notes.txt" in text
     page.get_by_role("button", name="Keep").click()
     assert (run / "config.json").exists()
+    row(page, run).get_by_role("button", name="Choose a checkpoint").click()
+    page.locator("#lw-choose section").wait_for()
     row(page, run).get_by_role("button", name="Delete").click()
     page.locator("dialog").get_by_role("button", name="Delete", exact=True).click()
+    page.locator("#lw-choose section").wait_for(state="detached")
     eventually(lambda: [path.name for path in run.iterdir()] == ["notes.txt"])
 
 
@@ -171,6 +175,9 @@ def test_runs_are_compared_side_by_side(server, page):
         return drawn(79, 70, 229) && drawn(180, 83, 9);
     }"""
     eventually(lambda: page.evaluate(coloured))
+    row(page, second).get_by_role("button", name="Delete").click()
+    page.locator("dialog").get_by_role("button", name="Delete", exact=True).click()
+    page.locator("#lw-compare section").wait_for(state="detached")
 
 
 def test_settings_wait_in_the_queue_change_places_and_start_in_turn_also_behind_a_killed_server(server, page):
@@ -179,7 +186,7 @@ def test_settings_wait_in_the_queue_change_places_and_start_in_turn_also_behind_
     for name in ("second", "third", "fourth"):
         enter(page, name, "steps=3")
         page.get_by_role("button", name="Add to queue").click()
-        page.wait_for_selector("#lw-banner >> text=In the queue")
+        page.wait_for_selector("#lw-banner >> text=In the queue: it starts when what runs has ended")
         eventually(lambda name=name: list(server.runs.glob(f"*-{name}/queued")))
         page.get_by_role("button", name="Dismiss").click()
     assert "running" in page.inner_text("#lw-pill")
@@ -194,8 +201,11 @@ def test_settings_wait_in_the_queue_change_places_and_start_in_turn_also_behind_
     server.stop(signal.SIGKILL)
     assert "unreachable" in wait_state(page, "unreachable")
     assert "not affected" in page.inner_text("#lw-sentence")
+    page.get_by_role("button", name="Check", exact=True).click()
+    page.wait_for_selector("#lw-banner >> text=The server does not answer")
     server.start()
     wait_state(page, "running")
+    page.wait_for_selector("#lw-banner:empty", state="attached")
     page.get_by_role("button", name="Stop", exact=True).click()
     eventually(lambda: len(list(server.runs.glob("2*/output/last.safetensors"))) == 3, 40)
     began = {folder.name[16:]: folder.name[:15] for folder in server.runs.glob("2*")}
@@ -217,10 +227,15 @@ def test_a_sweep_is_checked_queued_and_ends_in_a_table(server, visit):
     press.click()
     page.wait_for_selector("#lw-banner >> text=with Network Rank (Dimension) 0:")
     assert not list(server.runs.glob("2*"))
+    page.locator("#lw-sweep-field-2").fill("max_resolution")
+    page.wait_for_selector("#lw-sweep-about-2 >> text=with semicolons between")
+    page.wait_for_selector("#lw-banner:empty", state="attached")
+    page.locator("#lw-sweep-field-2").fill("")
     page.get_by_label("Values, with commas between").fill("4, 16")
     assert press.inner_text() == "Check and queue 2 runs"
     press.click()
     page.wait_for_selector("#lw-banner >> text=2 runs are in the queue")
+    assert "drawn since Seed is empty" in page.inner_text("#lw-banner")
     eventually(lambda: len(list(server.runs.glob("2*/output/last.safetensors"))) == 2, 30)
     page.wait_for_function("document.querySelectorAll('#lw-runs [data-state=done]').length === 2")
     page.locator("#lw-runs tr").first.get_by_role("button", name="Sweep").click()
@@ -235,15 +250,28 @@ def test_a_sweep_is_checked_queued_and_ends_in_a_table(server, visit):
 def test_a_grid_is_shown_as_it_is_drawn_and_a_file_chosen_from_it(server, page):
     run = ended(server, page, "steps=4")
     (run / "grid").mkdir()
-    index = {"rows": ["last.safetensors"], "at": [0, 1], "pictures": [[["a.png"], ["b.png"]]], "lines": "a cat --d 7"}
+    index = {
+        "rows": ["last.safetensors", "gone-epoch-01-step00000002.safetensors"],
+        "at": [0, 1],
+        "lines": "a cat --d 7",
+    }
+    index |= {"pictures": [[["a.png"], ["b.png"]], [["c.png"], ["d.png"]]]}
     contact.write(run / "grid", index | {"prompts": [{"prompt": "a cat", "seed": 7, "size": [96, 96]}]})
     (run / "grid" / "a.png").write_bytes(next((run / "samples").iterdir()).read_bytes())
+    tools = Run(server.runs / "tools")
+    tools.folder.mkdir()
+    tools.config.write_text(json.dumps({"tool": "grid", "entries": {"output": str(run / "grid")}}))
+    report = {"type": "report", "time": 0, "report": {"warnings": ["It is slow."]}}
+    tools.events.write_text(json.dumps(report) + "\n")
     open_tab(page, "Runs")
     row(page, run).get_by_role("button", name="Choose a checkpoint").click()
     grid = page.locator("#lw-choose table")
     grid.get_by_role("button", name="a cat, last.safetensors at strength 0, open large").wait_for()
-    assert grid.locator(".lw-none").count() == 1
+    assert grid.locator(".lw-none").count() == 3
+    assert page.inner_text("#lw-choose .lw-note") == "It is slow."
+    assert page.locator("#lw-choose [role=alert]").text_content() == "", "a warning is no failure"
     assert page.get_by_label("Prompts, one a line").input_value() == "a cat --d 7"
+    page.get_by_label("Strengths").fill("0, 1 1.0")
     assert page.get_by_role("button", name="Draw 2 pictures").is_enabled()
     grid.locator(".lw-picture").click()
     page.keyboard.press("ArrowRight")  # not drawn yet: the one in view stays
@@ -255,9 +283,21 @@ def test_a_grid_is_shown_as_it_is_drawn_and_a_file_chosen_from_it(server, page):
     page.keyboard.press("Escape")
     (run / "output" / "last.safetensors").unlink()
     page.get_by_role("button", name="Draw 2 pictures").click()
-    page.wait_for_selector("#lw-choose .lw-wrong >> text=LoRAs: is empty, and the tool needs it")
+    page.wait_for_selector("#lw-choose .lw-wrong >> text=LoRAs: is empty, and the tool needs it.")
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate(LINES_OF_NAMES) == {"last": 1, "gone-": 1, "epoch-": 1, "01-": 1, "step00000002": 1}
+
+
+LINES_OF_NAMES = """() => Object.fromEntries(
+    [...document.querySelectorAll('.lw-contact tbody th > span')].flatMap((name) => [...name.childNodes])
+        .filter((node) => node.nodeType === Node.TEXT_NODE)
+        .map((node) => {
+            const range = document.createRange();
+            range.selectNode(node);
+            return [node.data, new Set([...range.getClientRects()].map((line) => line.top)).size];
+        }))"""
+"""On how many lines each part of a file's name stands."""
 
 
 def test_the_tab_fits_a_phone(server, page):

@@ -3,6 +3,8 @@ from safetensors.torch import load_file
 
 from tests.browser.conftest import shown
 from tests.tools import loras
+from trainer.events import EventLog, Saved
+from trainer.run import Run
 
 
 def open_tools(page):
@@ -82,10 +84,24 @@ def test_what_cannot_work_is_told_at_its_field_and_nothing_is_started(server, vi
     page.get_by_role("button", name="Run", exact=True).click()
     page.wait_for_selector("#lw-wrong-loras >> text=outside the folders")
     page.get_by_label("LoRA 2", exact=True).fill(str(lora))
-    page.get_by_label("Rank", exact=True).fill("few")
+    page.get_by_label("Strength of LoRA 2").fill("half")
     page.get_by_role("button", name="Run", exact=True).click()
+    page.wait_for_selector("#lw-wrong-strengths >> text=“half” cannot be a strength")
+    assert page.locator("#lw-tool-form [aria-invalid]").get_attribute("id") == "lw-strength-1"
+    page.get_by_label("Strength of LoRA 1").fill("0,8")
+    page.get_by_label("Strength of LoRA 2").fill(" -1 ")
+    page.get_by_label("Rank", exact=True).fill("few")
+    with page.expect_request(lambda request: "tool_start" in (request.post_data or "")) as asked:
+        page.get_by_role("button", name="Run", exact=True).click()
+    assert asked.value.post_data_json["data"]["entries"]["strengths"] == "0.8,-1"
     page.wait_for_selector("#lw-wrong-rank >> text=a whole number")
     assert not (server.runs / "tools" / "pid").exists()
+    page.get_by_role("tab", name="Extract").click()
+    output = page.get_by_label("Output", exact=True)
+    page.get_by_label("Tuned", exact=True).fill("/models/tuned.safetensors")
+    assert output.input_value() == "/models/tuned-difference.safetensors"
+    page.get_by_label("Tuned", exact=True).fill("embedded:base.safetensors")
+    assert output.input_value() == "", "there it could not be written"
     model = lora.with_name("captioner")
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "florence2"}')
@@ -94,6 +110,12 @@ def test_what_cannot_work_is_told_at_its_field_and_nothing_is_started(server, vi
     page.get_by_label("Captioning model", exact=True).fill(str(model))
     page.get_by_label("Detail", exact=True).wait_for()
     assert not page.get_by_label("Threshold", exact=True).is_visible()
+    run = Run(server.runs / "20260101-000000-new")
+    run.output.mkdir(parents=True)
+    EventLog(run.events).emit(Saved(str(loras.write(run.output / "new.safetensors")), 1, 1, "final"))
+    page.get_by_role("tab", name="Inspect").click()
+    page.get_by_label("LoRA", exact=True).focus()
+    page.wait_for_selector("#lw-loras option[value$='new.safetensors']", state="attached")
 
 
 def test_this_machine_is_checked_from_the_page(server, visit):

@@ -126,6 +126,14 @@ def test_saving_asks_before_it_replaces(desk):
     assert desk.save(order) == {"exists": True}
     assert desk.save({**order, "replace": True})["presets"] == ["own/mine"]
     assert desk.save({**order, "name": "a/b"})["problems"][0]["key"] == "preset"
+    assert desk.preset_delete({"id": "shipped/mine"})["problems"][0]["key"] == "preset"
+    assert desk.preset_delete({"id": "own/mine"}) == {"presets": [], "misnamed": []}
+
+
+def test_files_that_cannot_be_listed_come_with_the_presets(desk, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a&b.json").write_text("{}")
+    assert (desk.hello({})["presets"], desk.hello({})["misnamed"]) == ([], ["a&b.json"])
 
 
 @pytest.mark.parametrize(("text", "line"), [('{"a": 1,\n oops}', 2), ("", 1), ("[1]", 1)])
@@ -306,7 +314,11 @@ def test_a_linked_run_is_not_deleted(desk, tmp_path):
 def test_only_what_waits_can_be_taken_out_of_the_queue(desk):
     run = ended_run(desk)
     assert desk.turn({"run": run, "word": "remove"}) == {"done": False}
-    waits = desk.enqueue({"entries": entries(desk), "kept": {}})["run"]
+    answer = desk.enqueue({"entries": entries(desk), "kept": {}})
+    waits = answer["run"]
+    second = desk.enqueue({"entries": entries(desk), "kept": {}})
+    assert answer["at_once"] and not second["at_once"]
+    assert desk.turn({"run": second["run"], "word": "remove"}) == {"done": True}
     assert desk.list_runs({})["queue"] == [waits]
     assert "not over" in desk.delete({"run": waits, "sure": True})["refused"]
     assert desk.turn({"run": waits, "word": "remove"}) == {"done": True}
@@ -317,6 +329,16 @@ def test_settings_with_errors_do_not_wait_in_the_queue(desk):
     answer = desk.enqueue({"entries": entries(desk, learning_rate="fast"), "kept": {}})
     assert "run" not in answer and [p["key"] for p in answer["problems"]] == ["learning_rate"]
     assert desk.runs.ids() == []
+
+
+def test_a_sweep_is_queued_and_what_was_decided_for_it_is_told(desk):
+    form = entries(desk, train_data_dir="embedded:images", caption_extension=".txt")
+    asked = {"entries": form, "kept": {}, "fields": [["network_dim", "4, 8, 8.0"]]}
+    answer = desk.sweep(asked)
+    assert answer["runs"] == len(desk.list_runs({})["queue"]) == 2
+    assert [(p["key"], p["severity"]) for p in answer["problems"]] == [("network_dim", "warning"), ("seed", "warning")]
+    refused = desk.sweep(asked | {"fields": [["network_dim", "4, 0"]]})
+    assert "runs" not in refused and "must be" in refused["problems"][-1]["message"]
 
 
 def test_runs_are_compared_by_settings_curve_outcome_and_samples(desk):

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -45,6 +46,27 @@ def test_a_name_cannot_leave_the_shelf(shelf, name):
         shelf.load(f"own/{name}")
     with pytest.raises(ConfigError):
         shelf.load(f"elsewhere/{name}")
+
+
+def test_files_whose_names_cannot_be_listed_are_told(shelf, tmp_path):
+    assert shelf.misnamed() == []
+    shelf.save("mine", {}, {})
+    for name in (b"a&b.json", b"k\xf6.json"):
+        (tmp_path / "own" / os.fsdecode(name)).write_text("{}")
+    assert shelf.misnamed() == ["a&b.json", "k?.json"] and shelf.ids() == ["own/mine", "shipped/first steps"]
+
+
+def test_only_ones_own_presets_are_deleted(shelf, tmp_path):
+    shelf.delete(shelf.save("mine", {}, {}))
+    assert shelf.ids() == ["shipped/first steps"]
+    for name, message in (
+        ("shipped/first steps", "comes with the program"),
+        ("own/mine", "cannot be deleted"),
+        ("own/../secret", "cannot be a name"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            shelf.delete(name)
+    assert shelf.ids() == ["shipped/first steps"] and (tmp_path / "secret.json").exists()
 
 
 def test_a_file_that_is_no_preset_is_told(shelf, tmp_path):

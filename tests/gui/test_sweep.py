@@ -16,6 +16,7 @@ from trainer.run import Run
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_trainer.py")))
 BASE = {"output_name": "cat", "network_alpha": 1, "train_data_dir": str(DEMO / "images"), "caption_extension": ".txt"}
+BASE |= {"seed": 7}
 
 
 def test_every_combination_is_a_run_named_after_what_it_has():
@@ -42,6 +43,35 @@ def test_values_with_commas_switches_and_names_that_would_be_alike():
     names = [one.values["output_name"] for one in found]
     assert names[:2] == ["cat-vae-a-b", "cat-vae-a-b-2"]
     assert names[2].endswith("-long-c.vae") and len(names[2]) < 40, "it becomes the name of files"
+
+
+def test_a_value_spelled_in_two_ways_is_one_and_what_is_left_out_is_told():
+    spelled = [["save_state", "on, OFF, ON, yes, off"], ["learning_rate", "1e-4, 0.0001, 5e-5"]]
+    found, told = sweep.plan(BASE, spelled)
+    assert [(one.values["save_state"], one.values["learning_rate"]) for one in found] == [
+        (True, 1e-4),
+        (True, 5e-5),
+        (False, 1e-4),
+        (False, 5e-5),
+    ]
+    assert [(problem.key, problem.severity, problem.message) for problem in told] == [
+        ("save_state", "warning", "left out as the same value: ON (as on), yes (as on), off (as OFF)."),
+        ("learning_rate", "warning", "left out as the same value: 0.0001 (as 1e-4)."),
+    ]
+    found, (refusal, _) = sweep.plan(BASE, [["network_dim", "8, 8.0"]])
+    assert found == [] and "make 1 runs" in refusal.message
+
+
+@pytest.mark.parametrize("blank", ["", None])
+def test_without_a_seed_one_is_drawn_for_all_and_told(blank):
+    fields = [["network_dim", "4, 8"]]
+    found, (told,) = sweep.plan(BASE | {"seed": blank}, fields)
+    (seed,) = {one.values["seed"] for one in found}
+    assert isinstance(seed, int) and (told.key, told.severity) == ("seed", "warning") and str(seed) in told.message
+    for has_one in ({"seed": 0}, {"additional_parameters": "--seed 3"}, {"resume": "auto"}):
+        found, told = sweep.plan(BASE | {"seed": blank} | has_one, fields)
+        assert told == [] and {one.values["seed"] for one in found} == {has_one.get("seed", blank)}
+    assert sweep.plan(BASE | {"seed": blank}, [["seed", "1, 2"]])[1] == []
 
 
 @pytest.mark.parametrize(

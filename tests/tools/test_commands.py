@@ -12,6 +12,7 @@ from gui.files import Roots
 from gui.runs import Runs, kill
 from gui.tools import Tools
 from tests.tools import loras
+from trainer.events import EventLog, Saved
 from trainer.tools.commands import TOOLS, add_to
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +136,7 @@ def test_loras_of_runs_are_offered_before_those_of_models(tools, tmp_path):
     (tmp_path / "models").mkdir()
     for folder in (output, tmp_path / "models"):
         (folder / "a.safetensors").write_bytes(b"")
+    EventLog(output.parent / "events.jsonl").emit(Saved("output/a.safetensors", 1, 1, "final"))
     assert tools.offer()["loras"] == [str(output / "a.safetensors"), str(tmp_path / "models" / "a.safetensors")]
 
 
