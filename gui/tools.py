@@ -64,8 +64,8 @@ class Tools:
 
     def _saved(self, run_id: str) -> Iterator[Path]:
         """The LoRA files of a run that are still there, newest first, wherever its settings put them."""
-        for path, what, _ in reversed(history.saved(Run(self.runs.folder / run_id))):
-            if what != "state" and path.is_file() and self.roots.holds(path):
+        for one in reversed(history.checkpoints(Run(self.runs.folder / run_id))):
+            if self.roots.holds(path := Path(one["path"])):
                 yield path
 
     def start(self, name: str, entries: Mapping[str, Any]) -> list[Problem]:

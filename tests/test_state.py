@@ -530,7 +530,7 @@ def test_every_scheduler_goes_on_from_its_state_exactly(name, tmp_path):
     if name == "adafactor":
         chosen, total = optim.Optim(optimizer="Adafactor", scheduler=name, learning_rate=1e-3), 20
     else:
-        chosen, total = optim.Optim(scheduler=name, optimizer="AdamW", **CLOSED_FORMS[name][0]), 100
+        chosen, total = optim.Optim(**{"scheduler": name, "optimizer": "AdamW", **CLOSED_FORMS[name][0]}), 100
 
     def fresh():
         torch.manual_seed(0)

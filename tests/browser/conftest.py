@@ -322,11 +322,23 @@ def wait_state(page, *states: str, patience_s: float = 30) -> str:
     return page.inner_text("#lw-pill")
 
 
+BUILT = """tab => new Promise(resolve => {
+    let frames = 0;
+    (function look() {
+        const shown = [...document.querySelectorAll("#form .field")].filter(field => field.offsetParent);
+        const built = tab.ariaSelected === "true" && shown.every(field => "dressed" in field.dataset);
+        frames = built ? frames + 1 : 0;
+        if (frames > 2) resolve(); else requestAnimationFrame(look);
+    })();
+})"""
+"""A tab is built when it is first opened; a moment later Gradio gives its fields what they hold, over what is typed."""
+
+
 def open_tab(page, *names: str) -> None:
     for name in names:
-        page.get_by_role("tab", name=name, exact=True).click()
-    # A tab is built when it is first opened, and Gradio gives its fields what they hold within the next frame.
-    page.evaluate("new Promise(requestAnimationFrame)")
+        tab = page.get_by_role("tab", name=name, exact=True)
+        tab.click()
+        tab.evaluate(BUILT)
 
 
 def set_text(page, key: str, text: str) -> None:

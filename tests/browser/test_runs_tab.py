@@ -34,7 +34,7 @@ def ended(server, page, words, state="done", name="cat"):
 
 
 def row(page, folder):
-    found = page.locator("#lw-runs tr").filter(has=page.get_by_label(f"Repeat {folder.name}"))
+    found = page.locator("#lw-runs tr").filter(has=page.get_by_label(f"Repeat {folder.name}", exact=True))
     found.wait_for()
     return found
 
