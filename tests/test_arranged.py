@@ -40,7 +40,7 @@ def test_the_gradient_takes_no_second_copy_where_nothing_is_asked_of_it():
     layer = torch.nn.Conv2d(16, 16, 3, padding=1).requires_grad_(False)
     arranged.arrange(torch.nn.Sequential(layer))
     layer(torch.randn(1, 16, 8, 8))
-    assert layer.mirrored is None
+    assert layer.backward_blocks is None
 
 
 @pytest.mark.parametrize("changed", [{"stride": 2}, {"kernel_size": 1, "padding": 0}, {"groups": 4}, {"dilation": 2}])

@@ -24,26 +24,35 @@ PLAIN = {
     "groups": 1,
     "padding_mode": "zeros",
 }
-"""Only of these is the gradient of the input a convolution of the same kind."""
+"""Of nearly all convolutions of a U-Net; the others take next to no time."""
+
+SIDES = (16, 16)
+"""Not those of the first input to come: a resumed training begins with another one, and must round alike."""
 
 
 class ArrangedConv(Compact, torch.nn.Conv2d):
-    """A 3×3 convolution that keeps the size; `blocks` and `mirrored` are weights in oneDNN's order."""
+    """A 3×3 convolution that keeps the size; `blocks` and `backward_blocks` are weights in oneDNN's order."""
 
     blocks: torch.Tensor
-    mirrored: torch.Tensor | None = None
+    backward_blocks: torch.Tensor | None = None
 
     def packed(self) -> torch.Tensor:
         return self.blocks.to_dense()
 
     def answer(self, x: torch.Tensor) -> torch.Tensor:
-        return _convolved(x, self.blocks, self.bias)
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        x = x.contiguous(memory_format=torch.channels_last)
+        return convolve(x, self.blocks, self.bias, [1, 1], [1, 1], [1, 1], 1, "none", [], "")  # type: ignore[no-any-return]
 
     def pulled_back(self, gradient: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """The convolution of the gradient with the kernels turned by 180° and inputs and outputs exchanged."""
-        if self.mirrored is None:  # first asked for here, as layers before the first trained one never are
-            self.mirrored = _in_blocks(self.weight.flip(2, 3).transpose(0, 1))
-        return _convolved(gradient, self.mirrored, None)
+        """The gradient of the input is the transposed convolution of the answer's."""
+        if self.backward_blocks is None:  # first asked for here, as layers before the first trained one never are
+            reorder = torch.ops.mkldnn._reorder_convolution_transpose_weight
+            size = [1, self.out_channels, *SIDES]
+            self.backward_blocks = reorder(self.weight, [1, 1], [0, 0], [1, 1], [1, 1], 1, size)
+        convolve = torch.ops.mkldnn._convolution_transpose_pointwise
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        return convolve(gradient, self.backward_blocks, None, [1, 1], [0, 0], [1, 1], [1, 1], 1, "none", [], "")  # type: ignore[no-any-return]
 
 
 def arrange(model: torch.nn.Module) -> None:
@@ -75,15 +84,6 @@ def _supported(dtype: torch.dtype) -> bool:
 
 
 def _in_blocks(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` [out, in, 3, 3] in the order that suits inputs of 16×16 best; others are computed as well.
-
-    Not the order of the first input to come: a resumed training begins with another one, and must round alike.
-    """
+    """`weight` [out, in, 3, 3] in the order that suits inputs of `SIDES` best; others are computed as well."""
     reorder = torch.ops.mkldnn._reorder_convolution_weight
-    return reorder(weight, [1, 1], [1, 1], [1, 1], 1, [1, weight.shape[1], 16, 16])  # type: ignore[no-any-return]
-
-
-def _convolved(x: torch.Tensor, blocks: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    x = x.contiguous(memory_format=torch.channels_last)
-    convolve = torch.ops.mkldnn._convolution_pointwise
-    return convolve(x, blocks, bias, [1, 1], [1, 1], [1, 1], 1, "none", [], "")  # type: ignore[no-any-return]
+    return reorder(weight, [1, 1], [1, 1], [1, 1], 1, [1, weight.shape[1], *SIDES])  # type: ignore[no-any-return]

@@ -197,6 +197,9 @@ def _operations() -> Any:
         more[torch.ops.mkldnn._convolution_pointwise] = lambda x, weight, *_, out_shape, **__: (
             flop_counter.conv_flop_count(x, weight, out_shape)
         )
+        more[torch.ops.mkldnn._convolution_transpose_pointwise] = lambda x, weight, *_, out_shape, **__: (
+            flop_counter.conv_flop_count(x, weight, out_shape, transposed=True)
+        )
     return flop_counter.FlopCounterMode(display=False, custom_mapping=more)
 
 
