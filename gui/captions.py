@@ -149,12 +149,12 @@ def _change(order: Mapping[str, Any]) -> Callable[[Picture, str | None], str | N
         return take
     if how == "replace" and find:
         return lambda picture, before: None if before is None else first_line(before).replace(find, by).strip()
-    tags = _tags(text)
+    tags = tags_of(text)
     if how == "remove" and tags:
         return lambda picture, before: (
             None
-            if before is None or not set(tags) & set(_tags(before))
-            else _joined(tag for tag in _tags(before) if tag not in tags)
+            if before is None or not set(tags) & set(tags_of(before))
+            else _joined(tag for tag in tags_of(before) if tag not in tags)
         )
     if (how == "add" and tags) or (how in ("prefix", "suffix") and text):
 
@@ -177,7 +177,7 @@ def words_of(name: str) -> str:
 
 def _with_tags(caption: str, wanted: Sequence[str], at_end: bool) -> str | None:
     """A caption with those of the wanted tags that it lacks; None where it has them all."""
-    tags = _tags(caption)
+    tags = tags_of(caption)
     lacking = [tag for tag in dict.fromkeys(wanted) if tag not in tags]
     if not lacking:
         return None
@@ -192,7 +192,8 @@ def _with_words(caption: str, words: str, how: str) -> str | None:
     return None if caption.endswith(words) else f"{caption}{blank}{words}".strip()
 
 
-def _tags(text: str) -> list[str]:
+def tags_of(text: str) -> list[str]:
+    """What stands between the commas of a caption."""
     return [tag.strip() for tag in first_line(text).split(",") if tag.strip()]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from gui.captions import tags_of
 from gui.files import IMAGE_ENDINGS, inside
 from trainer.check import settings
 from trainer.data import folders, overflow
@@ -76,7 +77,7 @@ def dataset(values: Mapping[str, Any], find: str = "", tag: str = "") -> dict[st
 def _matches(image: Mapping[str, Any], find: str, tag: str) -> bool:
     caption = image["caption"] or ""
     found = find.strip().lower() in f"{caption} {image['name']}".lower()
-    return found and (not tag or tag in _tags_of(caption))
+    return found and (not tag or tag in tags_of(caption))
 
 
 def _placed(
@@ -158,12 +159,8 @@ def _tags(pictures: Sequence[Picture]) -> Counter[str]:
     """How many images have each tag: what stands between commas in a caption."""
     counts: Counter[str] = Counter()
     for picture in pictures:
-        counts.update(_tags_of(picture.caption or ""))
+        counts.update(set(tags_of(picture.caption or "")))
     return counts
-
-
-def _tags_of(caption: str) -> set[str]:
-    return {tag.strip() for tag in caption.split(",") if tag.strip()}
 
 
 def _steps(config: Config, places: Sequence[Size], pictures: Sequence[Picture]) -> dict[str, int] | None:

@@ -18,6 +18,8 @@ from trainer.run import Run
 MOST_POINTS = 400
 """Of one run's curve in a comparison: as many as a chart has pixels to show."""
 
+REPLACED_AFTER_S = 60
+
 
 class Written(NamedTuple):
     """A LoRA file or state that a run wrote. `told`: when that was told (Unix seconds); `written`: see `events.Saved`."""
@@ -109,8 +111,15 @@ def _states(run: Run) -> Iterator[Path]:
 
     for one in reversed(saved(run)):
         header = one.path / HEADER
-        if one.what == "state" and header.is_file() and one.written in (0, written_at(header)):
+        if one.what == "state" and header.is_file() and _is_the_one(header, one):
             yield one.path
+
+
+def _is_the_one(header: Path, told: Written) -> bool:
+    """Whether a state's header is the one that was told of. Runs from before that was told exactly are given a minute."""
+    if told.written:
+        return written_at(header) == told.written
+    return header.stat().st_mtime < told.told + REPLACED_AFTER_S
 
 
 def curve(run: Run) -> list[list[float]]:

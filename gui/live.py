@@ -85,7 +85,8 @@ def _sort_in(event: Mapping[str, Any], news: dict[str, Any], run: Run) -> None:
             news["samples"].append({**event, "path": str(path)})
     elif kind == "saved":
         path = run.folder / event["path"]
-        news["saved"].append({**event, "path": str(found_again(path, event.get("written", 0)) or path)})
+        there = found_again(path, event.get("written", 0)) if event["what"] != "state" else path
+        news["saved"].append({**event, "path": str(there or path)})
     elif kind in ("verified", "warning"):
         news["verified" if kind == "verified" else "warnings"].append(event)
     elif kind in ("started", "phase", "failed", "ended"):
@@ -151,12 +152,10 @@ def downloads(run: Run, root: Path, allowed: Sequence[Path] = ()) -> dict[str, P
     `allowed` one, wherever an event says that they are.
     """
     files = {"log.txt": run.log, "config.json": run.config}
-    if run.events.exists():
+    if there := history.checkpoints(run):
         places = [run.folder, *allowed, *_output(run, root)]
-        for one in history.saved(run):
-            path = found_again(one.path, one.written) if one.what != "state" else None
-            if path and path.suffix in MODEL_ENDINGS and inside(path, places):
-                files[path.name] = path
+        paths = (Path(one["path"]) for one in there)
+        files |= {path.name: path for path in paths if path.suffix in MODEL_ENDINGS and inside(path, places)}
     return {name: path for name, path in files.items() if path.is_file() and os.access(path, os.R_OK)}
 
 

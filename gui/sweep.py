@@ -46,8 +46,11 @@ def plan(values: Mapping[str, Any], fields: Sequence[Sequence[str]]) -> tuple[li
     elif len({key for key, _ in chosen}) < len(chosen):
         problems = [Problem(chosen[0][0], "Sweep", "both parameters are the same one; choose another for the second")]
     if not problems:
-        remarks = [problem for key, words in chosen if (problem := _repeated(PARAMETERS[key], words))]
-        chosen = [(key, list(_by_value(PARAMETERS[key], words).values())) for key, words in chosen]
+        firsts = [_firsts(PARAMETERS[key], words) for key, words in chosen]
+        remarks = [
+            problem for (key, _), first in zip(chosen, firsts, strict=True) if (problem := _repeated(key, first))
+        ]
+        chosen = [(key, list(dict.fromkeys(first.values()))) for (key, _), first in zip(chosen, firsts, strict=True)]
     combined = list(product(*(words for _, words in chosen)))
     if not problems and not 2 <= len(combined) <= MOST:
         problems = [Problem("", "Sweep", f"These make {len(combined)} runs; there must be 2 to {MOST}.")]
@@ -114,19 +117,17 @@ def _words(text: str) -> list[str]:
     return [word for word in words if word]
 
 
-def _by_value(p: Parameter, words: Sequence[str]) -> dict[Any, str]:
-    """The first word for each value."""
-    first: dict[Any, str] = {}
-    for word in words:
-        first.setdefault(_held(p, word), word)
-    return first
+def _firsts(p: Parameter, words: Sequence[str]) -> dict[str, str]:
+    """Each word → the first that means the same value."""
+    by_value: dict[Any, str] = {}
+    return {word: by_value.setdefault(_held(p, word), word) for word in words}
 
 
-def _repeated(p: Parameter, words: Sequence[str]) -> Problem | None:
+def _repeated(key: str, firsts: Mapping[str, str]) -> Problem | None:
     """That words are left out which mean the same as one before them."""
-    first = _by_value(p, words)
-    again = [f"{word} (as {first[_held(p, word)]})" for word in words if word != first[_held(p, word)]]
-    return Problem(p.key, p.label, f"left out as the same value: {', '.join(again)}.", "warning") if again else None
+    again = [f"{word} (as {first})" for word, first in firsts.items() if word != first]
+    message = f"left out as the same value: {', '.join(again)}."
+    return Problem(key, PARAMETERS[key].label, message, "warning") if again else None
 
 
 def _draws_a_seed(values: Mapping[str, Any]) -> bool:

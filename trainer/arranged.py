@@ -24,7 +24,7 @@ PLAIN = {
     "groups": 1,
     "padding_mode": "zeros",
 }
-"""Of nearly all convolutions of a U-Net; the others take next to no time."""
+"""Of those that take most of the convolutions' time; the others are 1×1 or halve the size."""
 
 SIDES = (16, 16)
 """Not those of the first input to come: a resumed training begins with another one, and must round alike."""

@@ -37,7 +37,7 @@ def choose(model: Any, training: Training, device: torch.device) -> None:
             return
         except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            log.info("xformers is not used (%s). PyTorch's scaled-dot-product attention takes its place.", reason)
+            log.info("xformers is not used (%s). scaled-dot-product attention takes its place.", reason)
     pays = device.type == "cpu" and model.dtype == torch.bfloat16 and multiplies_bf16()
     model.unet.set_attn_processor(Processor(by_products if pays else F.scaled_dot_product_attention))
 

@@ -30,7 +30,7 @@ from trainer.prompts import parse as parse_prompts
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED
 from trainer.schema import PARAMETERS, Config, problem_with, read
 from trainer.schema.algorithms import MATRICES, TYPES, USES
-from trainer.schema.optim import WARMING, steps_of
+from trainer.schema.optim import WARMING, is_number, steps_of
 from trainer.schema.rules import conflicts, text_encoder_rate, unet_rate
 
 ARGUMENTS = ("optimizer", "optimizer_args", "lr_scheduler", "lr_scheduler_args")
@@ -58,12 +58,16 @@ class Summary:
 
 @dataclass(frozen=True)
 class Checked:
-    """`config` is None when there is an error among the problems; with warnings alone it is set."""
+    """`config` is None when there is an error among the problems; with warnings alone it is set.
+
+    `ended`: the last state of the training, which `auto` finds at its end, so that nothing is left to do.
+    """
 
     config: Config | None
     problems: tuple[Problem, ...]
     notes: tuple[Note, ...]
     summary: Summary
+    ended: state.State | None = None
 
     @property
     def errors(self) -> tuple[Problem, ...]:
@@ -99,11 +103,12 @@ def problems(preset: Preset, *, decode: bool = True, ask: bool = True, runs: Pat
         found += _refused_values(config, summary.total_steps or 100)
     if summary.total_steps:
         found += _schedule(config, summary.total_steps)
-    found += _resume(config, summary, runs)
+    resume, ended = _resume(config, summary, runs)
+    found += resume
     refused = any(problem.severity == "error" for problem in found)
     told = {problem.key for problem in found}
     notes = (*preset.notes, *(note for note in unused(preset.values) if note.key not in told))
-    return Checked(None if refused else config, tuple(found), notes, summary)
+    return Checked(None if refused else config, tuple(found), notes, summary, ended)
 
 
 def report(preset: Preset, as_json: bool, trial: bool = False) -> int:
@@ -307,22 +312,22 @@ def _convolutions(config: Config, lora: Lora) -> Iterator[Problem]:
         )
 
 
-def _resume(config: Config, summary: Summary, runs: Path) -> Iterator[Problem]:
+def _resume(config: Config, summary: Summary, runs: Path) -> tuple[list[Problem], state.State | None]:
+    """What is to say of the state to go on from, and the state where it ends the training."""
     try:
         found = state.resumed(config, runs)
         if found is None:
-            return
+            return [], None
         resumed, passed_over = found
         if config.saving.resume == state.AUTO and 0 < summary.total_steps <= resumed.step:
-            yield problem_with("resume", resumed.over(summary.total_steps), "warning")
-            return
+            return [problem_with("resume", resumed.over(summary.total_steps), "warning")], resumed
         resumed.leads_into(summary.total_steps or resumed.step + 1)
         resumed.differences(config, summary.batches_per_epoch or resumed.batches_per_epoch)
     except LorawrightError as error:
-        yield problem_with("resume", error)
-        return
-    if passed_over:
-        yield problem_with("resume", f'{" ".join(passed_over)} "{shown(resumed.folder)}" is used.', "warning")
+        return [problem_with("resume", error)], None
+    if not passed_over:
+        return [], None
+    return [problem_with("resume", f'{" ".join(passed_over)} "{shown(resumed.folder)}" is used.', "warning")], None
 
 
 def _places(config: Config, pictures: tuple[Picture, ...]) -> tuple[list[Size] | None, list[Problem]]:
@@ -478,7 +483,7 @@ def _schedule(config: Config, total_steps: int) -> Iterator[Problem]:
         key = "lr_warmup_steps" if optim.warmup_steps else "lr_warmup"
         what = f"takes {warmup} steps, and training {total_steps}, so the learning rate is reached at the end or never."
         yield problem_with(key, f"{what} Lower it, or train for longer.", "warning")
-    if optim.scheduler == "warmup_stable_decay" and _is_number(decay := given.get("num_decay_steps")):
+    if optim.scheduler == "warmup_stable_decay" and _is_finite(decay := given.get("num_decay_steps")):
         steps = steps_of(decay, total_steps)
         if warmup + steps > total_steps and "num_stable_steps" not in given:
             what = (
@@ -490,14 +495,14 @@ def _schedule(config: Config, total_steps: int) -> Iterator[Problem]:
             yield problem_with("lr_scheduler_args", message, "warning")
     rate = optim.learning_rate or unet_rate(config)
     for name, highest in (("min_lr", rate), ("min_lr_rate", 1)):
-        if optim.scheduler == "cosine_with_min_lr" and _is_number(least := given.get(name)) and least > highest:
+        if optim.scheduler == "cosine_with_min_lr" and _is_finite(least := given.get(name)) and least > highest:
             of = "Learning rate (learning_rate)" if name == "min_lr" else "the whole rate"
             message = f"{name} {least} is above {of}, {highest:g}, so that the rate rises towards the end. Lower it."
             yield problem_with("lr_scheduler_args", message, "warning")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 def _masks(config: Config, pictures: tuple[Picture, ...]) -> Iterator[Problem]:

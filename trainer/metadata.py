@@ -25,7 +25,7 @@ from trainer.data.captions import tag_frequency
 from trainer.data.folders import Dataset
 from trainer.length import Length
 from trainer.lora import settings
-from trainer.lora.recognise import CONVOLUTION, by_layer
+from trainer.lora.recognise import by_layer, convolutions
 from trainer.models.facts import Family
 from trainer.networks import Network
 from trainer.networks.blocks import RANKED, settings_of_file
@@ -220,12 +220,7 @@ def _as_trained(config: Config, network: Network, precision: str) -> Config:
 def _sizes(network: Network) -> dict[str, str]:
     """Rank and alpha of what is trained, by preset key: the number, or "Dynamic" where layers differ, as sd-scripts has it."""
     layers = by_layer(network.tensors())
-    large = {
-        name
-        for name, roles in layers.items()
-        if CONVOLUTION.search(name)
-        or any(tensor.shape[2:] == (3, 3) for role, tensor in roles.items() if role != "oft_blocks")
-    }
+    large = convolutions(layers)
     told = {}
     for names, rank, alpha in (
         (layers.keys() - large, "network_dim", "network_alpha"),

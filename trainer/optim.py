@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from trainer.errors import ConfigError
 from trainer.schema import problem_with
-from trainer.schema.optim import Optim, steps_of
+from trainer.schema.optim import Optim, is_number, steps_of
 from trainer.schema.optimizers import Row
 
 log = logging.getLogger(__name__)
@@ -43,11 +43,10 @@ def unfit(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str
     wrong = []
     for name, value in arguments.items():
         default, wanted = defaults.get(name), ""
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if isinstance(default, bool):
             wanted = "" if isinstance(value, bool) else "True or False"
         elif isinstance(default, int | float):
-            wanted = "" if is_number or value is None else "a number"
+            wanted = "" if is_number(value) or value is None else "a number"
         elif isinstance(default, tuple):
             fits = isinstance(value, tuple | list) and len(value) == len(default)
             example = ",".join(f"{number:g}" for number in default)

@@ -34,7 +34,7 @@ import psutil
 
 log = logging.getLogger(__name__)
 REQUESTS = ("stop", "sample", "save")
-LONGEST_NAME = 60
+LONGEST_SLUG = 60
 """Letters of a folder's name after the time; file systems allow 255 bytes, of which a letter may take four."""
 
 # What the trainer's process answers; the page and scripts rely on it.
@@ -156,7 +156,7 @@ def all_runs(parent: Path) -> list[Run]:
 
 def new_run(parent: Path, name: str) -> Run:
     """Make a folder for a new run: the time, then the output name; never one that exists."""
-    slug = re.sub(r"[^\w.-]+", "-", name, flags=re.UNICODE).strip("-.")[:LONGEST_NAME].strip("-.") or "run"
+    slug = re.sub(r"[^\w.-]+", "-", name, flags=re.UNICODE).strip("-.")[:LONGEST_SLUG].strip("-.") or "run"
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for attempt in range(1, 1000):
         folder = parent / (f"{stamp}-{slug}" + (f"-{attempt}" if attempt > 1 else ""))

@@ -76,7 +76,7 @@ def draw(
     latents = torch.randn((1, 4, height // cell, width // cell), generator=generator).to(model.device)
     latents = latents * scheduler.init_noise_sigma
     asked = prompt.texts
-    text = _sent(texts[prompt], model.device) if texts else of_prompt(model, prompt)
+    text = texts[prompt].each(lambda part: send(part, model.device)) if texts else of_prompt(model, prompt)
     sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(asked), device=model.device)
     extra = {"generator": generator} if _takes_generator(scheduler) else {}
     for t in scheduler.timesteps:
@@ -88,10 +88,6 @@ def draw(
             answer = without + prompt.cfg_scale * (with_prompt - without)
         latents = scheduler.step(answer, t, latents, return_dict=False, **extra)[0]
     return to_image(model.decode(latents)[0])
-
-
-def _sent(text: TextStates, device: torch.device) -> TextStates:
-    return TextStates(*(part if part is None else send(part, device) for part in text))
 
 
 def _takes_generator(scheduler: Any) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from trainer import kohya, processes, state
-from trainer.check import Checked, problems
+from trainer.check import problems
 from trainer.errors import ConfigError, LorawrightError, Problem, StateError, Stopped
 from trainer.events import Ended, Event, EventLog, Failed, Phase, Started, Warned
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run, new_run
@@ -114,10 +114,9 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
             events.emit(Warned(str(problem)))
             log.warning("%s", problem)
         try:
-            if past := _ended(checked, run):
-                final = past.folder.with_name(f"{checked.config.saving.name}.safetensors")
-                log.info("%s", past.over(checked.summary.total_steps))
-                events.emit(Ended("done", past.step, str(final) if final.exists() else "", 0.0))
+            if checked.ended:
+                final = checked.ended.folder.with_name(f"{checked.config.saving.name}.safetensors")
+                events.emit(Ended("done", checked.ended.step, str(final) if final.exists() else "", 0.0))
                 return EXIT_DONE
             return _train(checked.config, run, events, requests)
         except Stopped:
@@ -191,28 +190,19 @@ def _train(config: Config, run: Run, events: EventLog, requests: Requests) -> in
             resumed=str(session.resumed.folder.absolute()) if session.resumed else "",
         )
     )
-    counts = {
-        "images": len(pictures),
-        "batches an epoch": length.batches_per_epoch,
-        "epochs": length.epochs,
-        "steps in all": length.total_steps,
-    }
-    log.info(", ".join(f"{what}: {count}" for what, count in counts.items()))
+    log.info(
+        "images: %d, batches an epoch: %d, epochs: %d, steps in all: %d",
+        len(pictures),
+        length.batches_per_epoch,
+        length.epochs,
+        length.total_steps,
+    )
     ended = loop(session, requests.take)
     if ended.status == "stopped":
         ended = replace(ended, by=requests.signal)
     events.emit(ended)
     log.info("%s after step %d: %s", ended.status, ended.step, ended.path)
     return EXIT_DONE if ended.status == "done" else EXIT_STOPPED
-
-
-def _ended(checked: Checked, run: Run) -> state.State | None:
-    """The last state of a training that `auto` finds at its end: the same command again has nothing to do."""
-    config = checked.config
-    if config is None or config.saving.resume != state.AUTO or not checked.summary.total_steps:
-        return None
-    past = state.resumed(config, run.folder.parent)
-    return past[0] if past and past[0].step >= checked.summary.total_steps else None
 
 
 def _resumed_step(config: Config, run: Run) -> int:

@@ -56,6 +56,15 @@ def test_a_state_that_another_run_wrote_over_is_not_this_runs(run):
     assert not history.has_state(run) and history.newest_state(run) is None
 
 
+def test_of_a_run_that_does_not_tell_when_it_wrote_a_state_one_of_an_hour_later_is_not_its(run):
+    folder = state(run.output / "shared-state", 10)
+    EventLog(run.events).emit(Saved(str(folder), 10, 1, "state"))
+    assert history.has_state(run)
+    later = time.time() + 3600
+    os.utime(folder / "state.json", (later, later))
+    assert not history.has_state(run) and history.newest_state(run) is None
+
+
 def test_two_runs_that_write_the_same_name_each_keep_their_own_file(run, tmp_path):
     shared = tmp_path / "loras" / "cat.safetensors"
     shared.parent.mkdir()

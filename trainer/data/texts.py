@@ -59,7 +59,7 @@ def encode(
         batch = left[start : start + AT_ONCE]
         answer = ask(batch)
         for i, text in enumerate(batch):
-            found[text] = TextStates(*(None if part is None else part[i].cpu().clone() for part in answer))
+            found[text] = answer.each(lambda part, i=i: part[i].cpu().clone())
         progress(len(found))
     return found
 
@@ -136,4 +136,4 @@ def of_prompt(model: Any, prompt: Prompt) -> TextStates:
 @torch.no_grad()
 def of_prompts(model: Any, prompts: Iterable[Prompt]) -> dict[Prompt, TextStates]:
     """The same for each prompt, in the main memory."""
-    return {prompt: TextStates(*(p if p is None else p.cpu() for p in of_prompt(model, prompt))) for prompt in prompts}
+    return {prompt: of_prompt(model, prompt).each(torch.Tensor.cpu) for prompt in prompts}

@@ -123,13 +123,17 @@ class Lora:
 
     @cached_property
     def _large(self) -> set[str]:
-        """The layers that are convolutions with a kernel."""
-        return {
-            name
-            for name, roles in self.layers.items()
-            if CONVOLUTION.search(name)
-            or any(tensor.shape[2:] == (3, 3) for role, tensor in roles.items() if role != "oft_blocks")
-        }
+        return convolutions(self.layers)
+
+
+def convolutions(layers: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Those of the layers (`by_layer`) that are convolutions with a kernel."""
+    return {
+        name
+        for name, roles in layers.items()
+        if CONVOLUTION.search(name)
+        or any(tensor.shape[2:] == (3, 3) for role, tensor in roles.items() if role != "oft_blocks")
+    }
 
 
 def by_layer(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

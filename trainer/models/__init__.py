@@ -35,6 +35,10 @@ class TextStates(NamedTuple):
     states: torch.Tensor
     pooled: torch.Tensor | None = None
 
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TextStates:
+        """The same, with what `change` makes of its tensors."""
+        return TextStates(change(self.states), None if self.pooled is None else change(self.pooled))
+
 
 class Target(NamedTuple):
     """A layer that a network may attach to.

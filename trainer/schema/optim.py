@@ -55,6 +55,11 @@ def _literal(text: str) -> Any:
         return text
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is one, which Python says of True, too."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def steps_of(number: float, total_steps: int) -> int:
     """A number of steps, which may be given as a share of all."""
     return int(number * total_steps) if isinstance(number, float) and number < 1 else int(number)
