@@ -39,6 +39,7 @@ def main(folder: Path) -> None:
         start(page, "0.006")
         wait_state(page, "done", patience_s=600)
         start(page, "0.003")
+        page.get_by_role("button", name="Dismiss").click()  # the note on the two rates
         page.wait_for_function(
             "Number(document.getElementById('lw-progress').getAttribute('aria-valuenow')) > 180", timeout=600_000
         )
