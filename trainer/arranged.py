@@ -13,7 +13,8 @@ import platform
 import psutil
 import torch
 
-from trainer.compact import Compact, give_back_memory
+from trainer import memory
+from trainer.compact import Compact
 
 log = logging.getLogger(__name__)
 PLAIN = {
@@ -67,7 +68,7 @@ def arrange(model: torch.nn.Module) -> None:
         layer.blocks = _in_blocks(weight)
         layer.__class__ = ArrangedConv
         del weight
-    give_back_memory()
+    memory.give_back()
     log.info(
         "%d convolutions are kept as this processor computes them fastest, for %d MB more", len(layers), size // 10**6
     )

@@ -6,13 +6,13 @@ kept from one to the other: what is saved would else be lost again.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+from trainer import memory
 
 LARGEST_FP8 = float(torch.finfo(torch.float8_e4m3fn).max)
 
@@ -133,10 +133,4 @@ def compact(layers: Iterable[torch.nn.Module], kind: str, device: torch.device) 
             layer.packed = KINDS[kind](weight)
             layer.__class__ = CLASSES[type(layer)]
             del weight
-            give_back_memory()
-
-
-def give_back_memory() -> None:
-    """Return what was freed to the system: glibc keeps it, so that a packed model would take more than a whole one."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+            memory.give_back()

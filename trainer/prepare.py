@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.optim.lr_scheduler import LRScheduler
 
-from trainer import attention, compiling, metadata, models, networks, optim, state, trackers
+from trainer import attention, compiling, memory, metadata, models, networks, optim, state, trackers
 from trainer.arranged import arrange
-from trainer.compact import compact, give_back_memory
+from trainer.compact import compact
 from trainer.data import cache, folders, texts
 from trainer.data.buckets import Buckets, Placement
 from trainer.data.feed import Feed
@@ -205,7 +205,10 @@ def prepare(
     repeats = [picture.repeats for picture in dataset.pictures]
     sizes = len({placement.bucket for placement in placements})
     compiled = compiling.begin(model, network, config, steps=length.total_steps, sizes=sizes, device=device)
-    give_back_memory()
+    if device.type == "cpu":
+        memory.keep()
+    else:
+        memory.give_back()
     return Session(
         config=config,
         run=run,

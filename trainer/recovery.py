@@ -11,8 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from trainer import compiling, kohya, optim, state
-from trainer.compact import give_back_memory
+from trainer import compiling, kohya, memory, optim, state
 from trainer.data import texts
 from trainer.errors import LorawrightError, TrainingError
 from trainer.events import Phase, Warned
@@ -103,7 +102,7 @@ def _go_on_with_less(s: Session, step: int, message: str) -> int | None:
         return None
     s.optimizer.zero_grad(set_to_none=True)
     gc.collect()
-    give_back_memory()
+    memory.give_back()
     if s.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     for lighten in (_recompute, _split, _cache_states):
