@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -26,6 +27,8 @@ CHROMIUM = next(
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
+    "--in-process-gpu",
+    "--process-per-site",
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
@@ -192,6 +195,8 @@ class Visits:
         self.found: list[str] = []
         self.failures = 0
         """Of the session's tests, when a shared page was last known to be sound."""
+        self.module: ModuleType | None = None
+        """Whose tests a shared page was last for."""
 
     def __call__(
         self,
@@ -258,7 +263,7 @@ def visit(chromium, _visitor) -> Iterator[Visits]:
     visits.check()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def _left_open(chromium, _visitor) -> Iterator[Visits]:
     visits = Visits(chromium, _visitor)
     yield visits
@@ -276,14 +281,20 @@ def _sound(request, _left_open) -> None:
 def page(request, _sound, server, _left_open):
     """A page at its defaults, on its first tab.
 
-    Chromium takes two seconds of one core to put a page together. The tests of a module that need no page of
-    their own share one, which goes back by its own means; after a test that failed, the next one gets a new page.
+    Chromium takes a second of one core to put a page together. The tests that need no page of their own share one,
+    which goes back by its own means, and is loaded anew for each module; after a test that failed, the next one gets
+    a new page.
     """
-    if _left_open.pages:
+    if not _left_open.pages:
+        page = _left_open(server)
+    else:
         page = _left_open.pages[0]
         put_back(page)
-    else:
-        page = _left_open(server)
+        if request.module is not _left_open.module:
+            page.evaluate("localStorage.clear()")
+            page.reload()
+            wait_ready(page)
+    _left_open.module = request.module
     _left_open.failures = request.session.testsfailed
     yield page
     _left_open.check()

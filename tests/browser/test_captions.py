@@ -61,8 +61,7 @@ def test_captions_outside_the_roots_cannot_be_typed_over_and_it_is_said_why(page
     assert page.get_by_label("Caption of 1_dog/d.png").get_attribute("readonly") is not None
 
 
-def test_a_caption_that_is_being_typed_when_the_page_is_left_is_kept(server, visit, cats):
-    page = visit(server)
+def test_a_caption_that_is_being_typed_when_the_page_is_left_is_kept(page, cats):
     open_tab(page, "Folders")
     set_text(page, "train_data_dir", str(cats.parent))
     open_tab(page, "Dataset")

@@ -17,9 +17,8 @@ def packed(*names):
     return {"name": "cats.zip", "mimeType": "application/zip", "buffer": data.getvalue()}
 
 
-def test_a_zip_becomes_a_data_set_whose_captions_are_written_and_seen_as_the_trainer_does(server, visit):
+def test_a_zip_becomes_a_data_set_whose_captions_are_written_and_seen_as_the_trainer_does(server, page):
     root = server.runs.parent / "files"
-    page = visit(server)
     open_tab(page, "Dataset")
     page.set_input_files("#lw-upload-file", packed("../a.png"))
     page.get_by_role("button", name="Upload", exact=True).click()

@@ -370,14 +370,15 @@ def test_the_json_of_the_form_can_be_edited_discarded_copied_or_opened_and_error
     assert (shown(page, "network_dim"), shown(page, "epoch")) == ("12", "3")
 
 
-def test_what_will_be_trained_follows_the_form_and_the_dataset_shows_each_image_with_its_crop(server, visit, tmp_path):
+def test_what_will_be_trained_follows_the_form_and_the_dataset_shows_each_image_with_its_crop(server, page, tmp_path):
     for name, size, caption in (("a.png", (64, 64), "cat, grey fur"), ("b.png", (128, 64), "dog, grey fur")):
         (tmp_path / "10_x").mkdir(exist_ok=True)
         Image.new("RGB", size, "teal").save(tmp_path / "10_x" / name)
         (tmp_path / "10_x" / name).with_suffix(".txt").write_text(caption)
     square = {"train_data_dir": str(tmp_path), "caption_extension": ".txt", "max_resolution": "64,64"}
     put_preset(server, "mine", square | {"enable_bucket": False})
-    page = visit(server)
+    page.reload()
+    wait_ready(page)
     load(page, "mine")
     page.wait_for_selector("#lw-outlook >> text=2 images, 20 seen in an epoch · 20 steps in 1 epoch · 102 modules")
     open_tab(page, "Dataset")

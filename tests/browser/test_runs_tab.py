@@ -213,8 +213,7 @@ def test_settings_wait_in_the_queue_change_places_and_start_in_turn_also_behind_
     assert began["second"] <= began["fourth"] and not list(server.runs.glob("2*/queued"))
 
 
-def test_a_sweep_is_checked_queued_and_ends_in_a_table(server, visit):
-    page = visit(server)
+def test_a_sweep_is_checked_queued_and_ends_in_a_table(server, page):
     enter(page, "cat", "steps=2 pause=0.01")
     open_tab(page, "Folders")
     set_text(page, "train_data_dir", "embedded:images")

@@ -28,8 +28,7 @@ def test_a_full_disk_is_told_and_once_there_is_room_all_goes_on(small_disk, visi
         (small_disk / "filler").unlink()
 
 
-def test_everything_can_be_done_without_a_mouse(server, visit):
-    page = visit(server)
+def test_everything_can_be_done_without_a_mouse(page):
     page.keyboard.press("Control+k")
     page.keyboard.type("training comment")
     page.keyboard.press("Enter")

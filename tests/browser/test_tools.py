@@ -27,8 +27,7 @@ def lora(server):
     return loras.write(server.runs.parent / "files" / "style.safetensors", metadata=said)
 
 
-def test_a_lora_is_inspected_and_fills_the_form(server, visit, lora):
-    page = visit(server)
+def test_a_lora_is_inspected_and_fills_the_form(server, page, lora):
     page.get_by_label("Find a parameter").fill("trained lora tell")
     page.get_by_role("option", name="Inspect").wait_for()
     page.keyboard.press("Enter")
@@ -49,8 +48,7 @@ def test_a_lora_is_inspected_and_fills_the_form(server, visit, lora):
     assert shown(page, "seed") == "77"
 
 
-def test_a_resize_names_its_output_reports_and_is_found_again_on_a_phone_too(server, visit, lora):
-    page = visit(server)
+def test_a_resize_names_its_output_reports_and_is_found_again_on_a_phone_too(server, page, lora):
     open_tools(page)
     page.get_by_role("tab", name="Resize").click()
     page.get_by_label("LoRA", exact=True).fill(str(lora))
@@ -71,10 +69,9 @@ def test_a_resize_names_its_output_reports_and_is_found_again_on_a_phone_too(ser
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_what_cannot_work_is_told_at_its_field_and_nothing_is_started(server, visit, lora):
-    page = visit(server)
+def test_what_cannot_work_is_told_at_its_field_and_nothing_is_started(server, page, lora):
     open_tools(page)
-    page.get_by_role("tab", name="Inspect").focus()
+    page.get_by_role("tab", name="Inspect").click()
     page.keyboard.press("ArrowLeft")
     assert page.get_by_role("tab", name="Check this machine").get_attribute("aria-selected") == "true"
     page.get_by_role("tab", name="Merge LoRAs").click()
@@ -118,8 +115,7 @@ def test_what_cannot_work_is_told_at_its_field_and_nothing_is_started(server, vi
     page.wait_for_selector("#lw-loras option[value$='new.safetensors']", state="attached")
 
 
-def test_this_machine_is_checked_from_the_page(server, visit):
-    page = visit(server)
+def test_this_machine_is_checked_from_the_page(page):
     open_tools(page)
     page.get_by_role("tab", name="Check this machine").click()
     page.get_by_role("button", name="Run", exact=True).click()
