@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from gui.gradio_import import gr
 from trainer.errors import ConfigError, Problem
 from trainer.schema import PARAMETERS, Config, Parameter, Section, parse
+from trainer.schema.declare import LARGEST
 
 Shown = str | bool
 
@@ -66,7 +67,7 @@ def held(parameter: Parameter, entry: Any) -> Any:
     if not math.isfinite(number):
         return text
     if re.fullmatch(r"[+-]?\d+", text):
-        return int(text)
+        return int(text) if abs(int(text)) <= LARGEST else text  # of a larger one no JSON can be made
     return int(number) if parameter.kind == "integer" and number.is_integer() else number
 
 

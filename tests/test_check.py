@@ -336,6 +336,13 @@ def test_a_folder_that_cannot_be_written_to_is_refused(settings):
     assert "(logging_dir)" in one(settings | {"logging_dir": "/proc/self/out"})
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="such paths are right on Windows")
+@pytest.mark.parametrize("key", ["output_dir", "logging_dir"])
+def test_a_folder_of_a_windows_machine_is_refused(settings, key):
+    assert "is a path of a Windows machine. Choose another" in one(settings | {key: "C:/kohya/out"})
+    assert "is a path of a Windows machine. Choose another" in one(settings | {key: "D:\\train\\out"})
+
+
 def test_the_probe_leaves_nothing_behind(tmp_path):
     assert not_writable(tmp_path / "a" / "b") == ""
     assert list(tmp_path.iterdir()) == []

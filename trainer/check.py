@@ -25,7 +25,7 @@ from trainer.lora.recognise import Lora, recognise
 from trainer.models import families, hub
 from trainer.models.facts import FAMILIES
 from trainer.models.families import Found
-from trainer.paths import resolve, shown
+from trainer.paths import of_windows, resolve, shown
 from trainer.prompts import parse as parse_prompts
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED
 from trainer.schema import PARAMETERS, Config, problem_with, read
@@ -368,15 +368,10 @@ def _output(config: Config) -> Iterator[Problem]:
     text, name = config.folders.output, config.saving.name
     if not text.strip():
         return
-    try:
-        folder = resolve(text)
-    except LorawrightError as error:
-        yield problem_with("output_dir", error)
-        return
-    if why := not_writable(folder):
+    if why := _no_place(text):
         yield problem_with("output_dir", f"{why} Choose another folder, or leave it empty.")
         return
-    file = folder / f"{name}.safetensors"
+    file = resolve(text) / f"{name}.safetensors"
     if not os.path.lexists(file):
         return
     if config.network.weights and resolve(config.network.weights).resolve() == file.resolve():
@@ -394,14 +389,19 @@ def _output(config: Config) -> Iterator[Problem]:
 
 
 def _logging(config: Config) -> Iterator[Problem]:
-    if not config.folders.logging.strip():
-        return
-    try:
-        why = not_writable(resolve(config.folders.logging))
-    except LorawrightError as error:
-        why = str(error)
-    if why:
+    text = config.folders.logging
+    if text.strip() and (why := _no_place(text)):
         yield problem_with("logging_dir", f"{why} Choose another folder, or leave it empty.")
+
+
+def _no_place(text: str) -> str:
+    """Why no files can be written into the folder that `text` means; empty if they can."""
+    if of_windows(text):
+        return f'"{text}" is a path of a Windows machine.'
+    try:
+        return not_writable(resolve(text))
+    except LorawrightError as error:
+        return str(error)
 
 
 def not_writable(folder: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from trainer import checkpoint
 from trainer.prepare import Session
 from trainer.retention import Due
@@ -22,6 +24,35 @@ def files_due(s: Session, step: int, asked: set[str]) -> list[Due]:
     elif asked & {"save", "stop"}:
         files.append(Due(checkpoint.file_name(saving.name, step=step)))
     return files
+
+
+def forecast_files(s: Session) -> list[int]:
+    """The steps behind which files are written without being asked for, in order."""
+    saving = s.config.saving
+    return (
+        _all_due(s, saving.every_n_steps, saving.every_n_epochs, also=(s.length.total_steps,)) if s.team.leads else []
+    )
+
+
+def forecast_samples(s: Session) -> list[int]:
+    """The steps behind which pictures are drawn without being asked for, in order."""
+    settings = s.config.samples
+    return _all_due(s, settings.every_n_steps, settings.every_n_epochs) if s.team.leads and s.prompts else []
+
+
+def _all_due(s: Session, every_steps: int, every_epochs: int, also: Iterable[int] = ()) -> list[int]:
+    """What `divides` and `epoch_due` say of every step from the first on, without asking for each of millions."""
+    length = s.length
+    steps = set(also)
+    if every_steps:
+        steps.update(range(every_steps, length.total_steps + 1, every_steps))
+    if every_epochs:
+        whole = length.epochs_done(length.total_steps)
+        steps.update(
+            -(-e * length.batches_per_epoch // length.accumulation)
+            for e in range(every_epochs, whole + 1, every_epochs)
+        )
+    return sorted(step for step in steps if step >= s.first_step)
 
 
 def state_due(s: Session, step: int, asked: set[str]) -> bool:

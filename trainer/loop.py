@@ -13,7 +13,7 @@ import torch
 from trainer import objective, optim, recovery, saving, state
 from trainer.data import cache, texts
 from trainer.data.feed import Batch
-from trainer.due import draws_samples, files_due, samples_due, state_due
+from trainer.due import draws_samples, files_due, forecast_files, forecast_samples, samples_due, state_due
 from trainer.errors import Stopped
 from trainer.events import Ended, Phase
 from trainer.forecast import Forecast
@@ -32,13 +32,7 @@ def train(s: Session, requests: Callable[[], set[str]]) -> Ended:
     """
     began = time.monotonic()
     s.network.attach()
-    steps = range(s.first_step, s.length.total_steps + 1)
-    forecast = Forecast(
-        {
-            "files": [step for step in steps if files_due(s, step, set())],
-            "pictures": [step for step in steps if samples_due(s, step, set())],
-        }
-    )
+    forecast = Forecast({"files": forecast_files(s), "pictures": forecast_samples(s)})
     if draws_samples(s):
         with forecast.pause("pictures", 0), optim.averaged(s.optimizer):
             draw_samples(s, s.first_step - 1)

@@ -41,9 +41,14 @@ def shown(path: Path | str) -> str:
     return str(path).replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
+def of_windows(text: str) -> bool:
+    """Whether a path is one of a Windows machine, and this is none: it would name a file "C:…" in the current folder."""
+    return os.name != "nt" and bool(re.match(r"[A-Za-z]:[\\/]|\\\\", text.strip().strip('"')))
+
+
 def absent(text: str, noun: str) -> str:
     """The message for a path that leads nowhere: what exists of it, and what may be wrong."""
-    if re.match(r"[A-Za-z]:[\\/]|\\\\", text.strip().strip('"')) and os.name != "nt":
+    if of_windows(text):
         return f'"{text}" is a path of a Windows machine. Enter where the {noun} is on this machine.'
     parent = resolve(text).absolute()
     while not os.path.isdir(parent) and parent != parent.parent:  # noqa: PTH112  answers False where pathlib raises

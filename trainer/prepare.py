@@ -125,7 +125,8 @@ def prepare(
 
     emit(Phase("reading the image folders"))
     dataset = folders.scan(config.folders, config.captions)
-    output = resolve(config.folders.output) if config.folders.output else run.output
+    # Whole, since events name what is in it, and who reads them may be in another folder.
+    output = resolve(config.folders.output).absolute() if config.folders.output else run.output
     beside = {picture.path.parent / cached for picture in dataset.pictures for cached in (cache.FOLDER, texts.FOLDER)}
     if team.leads:
         for folder in (run.folder, run.samples, output, *sorted(beside)):

@@ -5,6 +5,7 @@ import gradio as gr
 import pytest
 
 from gui import form
+from trainer.errors import ConfigError
 from trainer.schema import PARAMETERS, Section, defaults, parse
 
 
@@ -48,6 +49,15 @@ def test_a_value_is_shown_and_held(key, value, shown, held):
     assert form.shown(parameter(key), value) == shown
     assert form.held(parameter(key), shown) == held
     assert type(form.held(parameter(key), shown)) is type(held)
+
+
+@pytest.mark.parametrize("key", ["epoch", "max_train_steps", "max_timestep", "vae_batch_size"])
+def test_a_number_too_large_for_json_stays_text_and_is_named(key):
+    entry = "9" * 20
+    assert form.held(PARAMETERS[key], entry) == entry
+    with pytest.raises(ConfigError) as caught:
+        parse({key: entry})
+    assert [problem.key for problem in caught.value.problems] == [key]
 
 
 def test_what_a_preset_does_not_name_goes_back_to_its_default():

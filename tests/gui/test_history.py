@@ -224,3 +224,15 @@ def test_the_lowest_loss_is_not_that_of_the_first_steps_which_are_no_average_yet
     for step, average in ((1, 0.01), (9, 0.02), (10, 0.3), (50, 0.2), (100, 0.25)):
         events.emit(Step(step, 100, 1, 1, 9.0, average, 1e-4, None, 2.0, None, 0))
     assert history.outcome(run)["lowest"] == [50, 0.2]
+
+
+def test_files_in_an_output_folder_that_is_relative_are_found_from_any_other(settings, train, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    some = {"output_dir": "made", "max_train_steps": 1, "save_state": True, "save_every_n_epochs": 0}
+    _, _, folder = train(settings | some)
+    monkeypatch.chdir(tmp_path)
+    made = tmp_path / "here" / "made"
+    assert [one["path"] for one in history.checkpoints(Run(folder))] == [str(made / "photo.safetensors")]
+    assert {one.path.parent for one in history.saved(Run(folder))} == {made}
+    assert live.downloads(Run(folder), tmp_path / "here")["photo.safetensors"] == made / "photo.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
@@ -12,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
 Kind = Literal["text", "lines", "secret", "file", "folder", "model", "integer", "number", "switch", "choice"]
+
+LARGEST = 2**63 - 1
+"""Of the whole numbers: those of JSON's readers, and of PyTorch, end there."""
 
 
 class Section(Enum):
@@ -145,7 +149,10 @@ class Group(BaseModel):
         field = cls.model_fields[info.field_name]
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError("holds bytes or characters that are not text in UTF-8")
-        return coerce(value, kind_of(field), field)
+        coerced = coerce(value, kind_of(field), field)
+        if isinstance(coerced, int) and abs(coerced) > LARGEST:
+            raise ValueError("is too large a number")
+        return coerced
 
 
 def coerce(value: Any, kind: Kind, field: FieldInfo) -> Any:
@@ -166,6 +173,8 @@ def coerce(value: Any, kind: Kind, field: FieldInfo) -> Any:
     if kind == "integer" and isinstance(value, bool):
         return int(value)
     if kind == "integer" and isinstance(value, str):
+        with suppress(ValueError):
+            return int(value)
         try:
             number = float(value)
         except ValueError:

@@ -24,6 +24,7 @@ class Training(Group):
         """How many times all images (times their repeats) are gone through. 20 images × 10 repeats
         × 8 epochs = 1600 steps at batch size 1: a good first try.""",
         ge=1,
+        le=1_000_000,
     )
     max_epochs: int | None = parameter(
         "max_train_epochs",
@@ -32,6 +33,7 @@ class Training(Group):
         Section.LENGTH,
         """Training ends after this many epochs, whatever Epoch says. Empty or 0: no limit.""",
         ge=0,
+        le=1_000_000,
         blank="no limit",
     )
     max_steps: int | None = parameter(
@@ -42,6 +44,7 @@ class Training(Group):
         """Training takes exactly this many steps; it goes before both epoch settings. Empty or 0:
         the epochs decide.""",
         ge=0,
+        le=100_000_000,
         blank="the epochs decide",
     )
     precision: Literal["no", "fp16", "bf16"] = parameter(
