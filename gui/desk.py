@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,19 @@ FIRST = "shipped/first-steps"
 Answer = dict[str, Any]
 Ask = Mapping[str, Any]
 Values = Mapping[str, Any]
+
+
+def _read(text: str) -> Any:
+    """What JSON says. Raises JSONDecodeError, also for a key that stands twice in an object: one value would be lost."""
+
+    def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            places = [found.start() for found in re.finditer(rf'"{re.escape(twice)}"\s*:', text)]
+            raise json.JSONDecodeError(f'"{twice}" is given twice', text, places[-1] if places else 0)
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 @dataclass
@@ -92,7 +106,7 @@ class Desk:
     def parse(self, ask: Ask) -> Answer:
         """A preset given as JSON text. What is no JSON is told with its line."""
         try:
-            flat = json.loads(ask["text"])
+            flat = _read(ask["text"])
         except ValueError as error:
             line = getattr(error, "lineno", 0)
             message = f"Line {line}: {getattr(error, 'msg', error)}."

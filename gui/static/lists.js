@@ -201,7 +201,7 @@ class Json {
     await this.take(await file.text(), t`The form shows what ${file.name} says.`);
   }
 
-  async apply() { await this.take(byId("lw-json").value, t`The form shows what the JSON says.`); }
+  async apply() { await this.take(byId("lw-json").value, t`The form shows what the JSON says; what it leaves out is at its default.`); }
 
   // Show a preset's text in the form; where it is none, in the box, with the cursor where it is wrong.
   async take(text, title) {

@@ -270,7 +270,7 @@ def test_the_preset_is_no_longer_named_when_the_form_was_filled_with_something_e
     open_tab(page, "Config (JSON)")
     page.get_by_label("Settings as JSON").fill('{"network_dim": 12}')
     page.get_by_role("button", name="Apply").click()
-    page.wait_for_selector("#lw-banner >> text=The form shows what the JSON says")
+    page.wait_for_selector("#lw-banner >> text=The form shows what the JSON says; what it leaves out is at its default")
     assert page.locator("#lw-preset").input_value() == ""
     assert page.get_by_role("button", name="Load", exact=True).is_disabled()
     page.reload()

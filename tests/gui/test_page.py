@@ -136,7 +136,9 @@ def test_files_that_cannot_be_listed_come_with_the_presets(desk, tmp_path):
     assert (desk.hello({})["presets"], desk.hello({})["misnamed"]) == ([], ["a&b.json"])
 
 
-@pytest.mark.parametrize(("text", "line"), [('{"a": 1,\n oops}', 2), ("", 1), ("[1]", 1)])
+@pytest.mark.parametrize(
+    ("text", "line"), [('{"a": 1,\n oops}', 2), ("", 1), ("[1]", 1), ('{"epoch": 1,\n"seed": 2,\n"epoch" : 7}', 3)]
+)
 def test_json_that_is_no_preset_is_told_with_its_line(desk, text, line):
     answer = desk.parse({"text": text})
     assert answer["line"] == line and answer["problems"] and "entries" not in answer

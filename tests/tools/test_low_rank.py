@@ -111,6 +111,16 @@ def test_a_rank_above_the_files_changes_nothing_but_is_no_error(pair, tmp_path, 
     np.testing.assert_allclose(delta(out, TO_Q), delta(pair[0], TO_Q), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("ending", ["", "/"])
+def test_a_folder_is_no_output_and_nothing_is_written_beside_it(pair, tmp_path, capsys, ending):
+    folder = tmp_path / "my"
+    if not ending:
+        folder.mkdir()
+    code, said = run(capsys, "resize", pair[0], "--rank", 2, "--output", f"{folder}{ending}")
+    assert code != 0 and "is a folder; name a file in it" in said
+    assert not folder.with_suffix(".safetensors").exists()
+
+
 VALUES = torch.tensor([10.0, 8.0, 4.0, 2.0, 1.0, 0.5], dtype=torch.float64)
 
 

@@ -33,13 +33,14 @@ Roles = Mapping[str, torch.Tensor]
 def written(text: str, inputs: Iterable[Path], suffix: str = ".safetensors") -> Path:
     """Where a tool's output goes. Raises ConfigError for what it cannot be."""
     path = resolve(text)
-    if suffix and not path.suffix:
+    folder = bool(suffix) and (path.is_dir() or text.rstrip().endswith(("/", "\\")))
+    if suffix and not path.suffix and not folder:
         path = path.with_name(path.name + suffix)
     problem = ""
-    if suffix and path.suffix != suffix:
-        problem = f'"{text}" must end with {suffix}'
-    elif path.is_dir() and suffix:
+    if folder or (suffix and path.is_dir()):
         problem = f'"{text}" is a folder; name a file in it'
+    elif suffix and path.suffix != suffix:
+        problem = f'"{text}" must end with {suffix}'
     elif any(path.resolve() == one.resolve() for one in inputs):
         problem = f'"{text}" is one of the inputs; choose another name'
     elif not suffix and path.suffix == ".safetensors":
