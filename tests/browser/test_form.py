@@ -323,6 +323,12 @@ def test_a_path_is_picked_in_the_browser_of_folders(page):
     page.wait_for_selector("#lw-changed >> text=1 changed")
 
 
+def test_what_is_called_as_the_text_is_found_first(page):
+    page.get_by_label("Find a parameter").fill("Noise offset")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.activeElement.closest('.field')?.id === 'field-noise_offset'")
+
+
 @pytest.mark.proves("model_list")
 def test_a_model_that_was_found_can_be_picked_and_typing_a_path_ends_the_pick(page):
     page.locator("#field-model_list input").click()
