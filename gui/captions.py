@@ -38,7 +38,7 @@ class Captions:
         self._lock = threading.Lock()
 
     def edit(self, values: Mapping[str, Any], order: Mapping[str, Any]) -> dict[str, Any]:
-        """What an order would change, and with `sure` the change: how many files, and some before and after.
+        """What an order would change, and with `sure` the change: how many files, some before and after, where backups lie.
 
         "write": the caption of the image `path` becomes `text`. For all training images: "replace" `find` by
         `by`, "add" the tags in `text` in front or at the `end`, "remove" them, put `text` before ("prefix") or
@@ -52,7 +52,7 @@ class Captions:
                 for edit in edits:
                     edit.write()
         examples = [[e.file.name, first_line(e.before or ""), first_line(e.after)] for e in edits[:MOST_EXAMPLES]]
-        return {"count": len(edits), "examples": examples}
+        return {"count": len(edits), "examples": examples, "backups": str(self.backups)}
 
     def undoable(self) -> str:
         """What undo would take back, in words; "" for nothing."""

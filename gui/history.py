@@ -123,14 +123,23 @@ def _is_the_one(header: Path, told: Written) -> bool:
 
 
 def curve(run: Run) -> list[list[float]]:
-    """The averaged loss as at most 400 points (step, loss), the last among them."""
-    try:
-        found = [e for e, _ in events.read(run.events) if e["type"] == "step"]
-    except FileNotFoundError:
-        return []
+    """The averaged loss as at most 400 points (step, loss), the last among them; a resumed run's from its origin on."""
+    found = list(_losses(run))
     gap = -(-len(found) // MOST_POINTS) or 1
-    kept = found[::-1][::gap][::-1]
-    return [[e["step"], e["loss"] if e.get("average_loss") is None else e["average_loss"]] for e in kept]  # type: ignore[list-item]
+    return [[step, loss] for step, loss, _ in found[::-1][::gap][::-1]]
+
+
+def _losses(run: Run) -> Iterator[tuple[int, float, int]]:
+    """Step, averaged loss and steps in all, those of the runs that it goes on from first."""
+    if before := origin(run):
+        earlier, last = before
+        yield from (one for one in _losses(earlier) if one[0] <= last)
+    try:
+        for e, _ in events.read(run.events):
+            if e["type"] == "step":
+                yield e["step"], e["loss"] if e.get("average_loss") is None else e["average_loss"], e["total"]
+    except FileNotFoundError:
+        return
 
 
 def samples(run: Run) -> list[dict[str, Any]]:
@@ -150,21 +159,19 @@ def samples(run: Run) -> list[dict[str, Any]]:
 def outcome(run: Run) -> dict[str, Any]:
     """What came of a run: last and lowest average loss with their steps, seconds from its start, its newest file.
 
-    The lowest is looked for behind the first tenth of the steps, where the average is not one of so many yet. None for
-    what there is not.
+    The lowest is looked for behind the first tenth of the steps, where the average is not one of so many yet, and
+    before a resume too. None for what there is not.
     """
     last: list[Any] | None = None
     lowest: list[Any] | None = None
     first = end = None
+    for step, loss, total in _losses(run):
+        last = [step, loss]
+        if step >= total / 10 and (lowest is None or loss < lowest[1]):
+            lowest = last
     if run.events.exists():
         for event, _ in events.read(run.events):
             first, end = first or event["time"], event["time"]
-            if event["type"] == "step":
-                loss = event["loss"] if event.get("average_loss") is None else event["average_loss"]
-                last = [event["step"], loss]
-                early = event["step"] < event["total"] / 10
-                if not early and (lowest is None or loss < lowest[1]):
-                    lowest = last
     files = checkpoints(run)
     return {
         "last": last,

@@ -198,8 +198,10 @@ class DatasetTab {
     const order = { how, entries: this.shown, text, find: text, by: byId("lw-captions-by").value, end: byId("lw-captions-end").firstElementChild.checked, all: Boolean(byId("lw-captions-all").value) };
     let answer = await this.server.captions(order);
     if (answer.count) {
+      const more = answer.count - answer.examples.length;
       const list = make("div", { class: "lw-stack lw-names" }, ...answer.examples.map(([name, before, after]) => make("p", {}, make("b", {}, name), ` ${before || t`(none)`} → ${after || t`(none)`}`)),
-        make("p", { class: "lw-facts" }, t`Regularisation images are left alone. A backup is made first.`));
+        more > 0 && make("p", {}, t`and ${more} more`),
+        make("p", { class: "lw-facts" }, t`Regularisation images are left alone. A backup is made first, in ${answer.backups}.`));
       if ((await ask(t`Change ${counted(answer.count, "caption")}?`, list, [["", t`Leave them`], ["change", t`Change`, "lw-primary"]])) !== "change") return;
       answer = await this.server.captions({ ...order, sure: true });
     }

@@ -37,19 +37,20 @@ class Finder {
     }
   }
 
-  // All words must be there, where any has them all. Best first: what begins with the text, has it in its label, its key, its help.
+  // All words must be there, where any has them all. Best first: what is the text, begins with it, has it in its label, its key, its help.
   find(text) {
     const wanted = text.trim().toLowerCase(), words = wanted.split(/\s+/);
     if (!wanted) return [];
     const rank = (p) => {
-      const label = p.label.toLowerCase(), within = (place) => words.every((word) => place.includes(word) || place.includes(ALSO[word] ?? word));
-      if (label.startsWith(wanted) || p.key.toLowerCase().startsWith(wanted)) return 0;
-      if (within(label)) return 1;
-      if (within(p.key.toLowerCase())) return 2;
-      return within(`${label} ${p.key} ${p.help}`.toLowerCase()) ? 3 : 4;
+      const label = p.label.toLowerCase(), key = p.key.toLowerCase(), within = (place) => words.every((word) => place.includes(word) || place.includes(ALSO[word] ?? word));
+      if ([label, key].includes(wanted)) return 0;
+      if (label.startsWith(wanted) || key.startsWith(wanted)) return 1;
+      if (within(label)) return 2;
+      if (within(key)) return 3;
+      return within(`${label} ${key} ${p.help}`.toLowerCase()) ? 4 : 5;
     };
     const all = [...this.form.table, ...this.places];
-    const found = all.map((p) => [rank(p), p]).filter(([r]) => r < 4).sort(([a], [b]) => a - b);
+    const found = all.map((p) => [rank(p), p]).filter(([r]) => r < 5).sort(([a], [b]) => a - b);
     return (found.length ? found : this.alike(all, words)).map(([, p]) => p);
   }
 

@@ -93,12 +93,13 @@ class Form {
     return this.models.filter((other) => name(other) === name(path)).length === 1 ? name(path) : path;
   }
 
-  // Quick Pick fills the path; a path given otherwise makes the pick "custom" again, once it is typed.
+  // Quick Pick fills the path; a path given otherwise makes the pick "custom" again, once it is typed, also one that
+  // a preset brought and that is not offered here.
   async matchPick(picked) {
     const key = "pretrained_model_name_or_path", pick = this.entries.model_list;
     const wanted = pick === "embedded" ? "" : pick;
-    if (![...this.models, "embedded"].includes(pick) || this.entries[key] === wanted) return;
-    if (picked) this.type(key, wanted);
+    if (!pick || pick === "custom" || this.entries[key] === wanted) return;
+    if (picked && [...this.models, "embedded"].includes(pick)) this.type(key, wanted);
     else if (document.activeElement !== this.input(key)) await this.fill({ ...this.entries, model_list: "custom" }, this.kept);
   }
 

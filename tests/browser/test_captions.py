@@ -1,5 +1,7 @@
 """The Dataset tab's captions, edited by hand and all at once."""
 
+import shutil
+
 import pytest
 from PIL import Image
 
@@ -48,6 +50,27 @@ def test_captions_are_edited_one_by_one_and_all_at_once_and_taken_back(page, cat
     eventually(lambda: texts(cats)[0] == "cat, grey fur")
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_before_many_captions_change_it_is_said_how_many_are_not_listed_and_where_the_backup_goes(server, page, cats):
+    folder = cats.with_name("1_many")
+    folder.mkdir(exist_ok=True)
+    for i in range(4):
+        Image.new("RGB", (96, 96)).save(folder / f"{i}.png")
+        (folder / f"{i}.caption").write_text("cat")
+    open_tab(page, "Folders")
+    set_text(page, "train_data_dir", str(cats.parent))
+    open_tab(page, "Dataset")
+    page.get_by_label("Caption of 10_cat/0.png").wait_for()
+    page.get_by_label("What to do in all captions").select_option("replace")
+    page.get_by_label("Text or tag").fill("cat")
+    page.get_by_label("Replace it by").fill("dog")
+    page.get_by_role("button", name="Change…").click()
+    told = page.locator("dialog").inner_text()
+    assert "Change 7 captions?" in told and told.count("→") == 5 and "and 2 more" in told
+    assert f"A backup is made first, in {server.runs / 'captions'}." in told
+    page.get_by_role("button", name="Leave them").click()
+    shutil.rmtree(folder)
 
 
 def test_captions_outside_the_roots_cannot_be_typed_over_and_it_is_said_why(page, tmp_path):

@@ -26,6 +26,7 @@ PRESETS = {
     "old": OLD,
     "wrong": {"learning_rate": "fast", "keep_tokens": -1},
     "constant": {"lr_scheduler": "constant"},
+    "hub": dict.fromkeys(("model_list", "pretrained_model_name_or_path"), "runwayml/stable-diffusion-v1-5"),
     "mine": {"network_dim": 32, "learning_rate": "1e-4", "cache_latents": False, "epoch": ""},
 }
 
@@ -323,6 +324,12 @@ def test_a_path_is_picked_in_the_browser_of_folders(page):
     page.wait_for_selector("#lw-changed >> text=1 changed")
 
 
+def test_what_is_called_as_the_text_is_found_first(page):
+    page.get_by_label("Find a parameter").fill("Noise offset")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.activeElement.closest('.field')?.id === 'field-noise_offset'")
+
+
 @pytest.mark.proves("model_list")
 def test_a_model_that_was_found_can_be_picked_and_typing_a_path_ends_the_pick(page):
     page.locator("#field-model_list input").click()
@@ -335,6 +342,17 @@ def test_a_model_that_was_found_can_be_picked_and_typing_a_path_ends_the_pick(pa
     path.press("Tab")
     page.wait_for_function("document.querySelector('#field-model_list input').value === 'custom'")
     assert path.input_value() == "/elsewhere"
+
+
+def test_a_pick_of_a_preset_that_is_not_offered_ends_with_its_path(page):
+    load(page, "hub")
+    pick = page.locator("#field-model_list input")
+    path = page.locator("#field-pretrained_model_name_or_path input")
+    assert pick.input_value() == path.input_value() == "runwayml/stable-diffusion-v1-5"
+    path.fill("")
+    path.press("Tab")
+    page.wait_for_function("document.querySelector('#field-model_list input').value === 'custom'")
+    assert path.input_value() == ""
 
 
 def test_the_json_of_the_form_can_be_edited_discarded_copied_or_opened_and_errors_have_a_line(page):

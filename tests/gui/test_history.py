@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -190,6 +191,15 @@ def test_a_resumed_run_shows_the_curve_and_samples_of_those_that_it_goes_on_from
     drawn = [(sample["step"], Path(sample["path"]).parents[1].name[16:]) for sample in answer["samples"]]
     assert drawn == [(10, "one"), (20, "two"), (30, "three"), (40, "three")]
     assert [history.origin(run) for run in line_of_runs] == [None, (line_of_runs[0], 10), (line_of_runs[1], 20)]
+
+
+def test_a_comparison_has_the_losses_from_before_a_resume(line_of_runs):
+    assert [point[0] for point in history.curve(line_of_runs[2])] == list(range(1, 41))
+    low, beyond = replace(step(20), average_loss=0.01), replace(step(31), average_loss=0.001)
+    for one in (low, beyond):
+        EventLog(line_of_runs[1].events).emit(one)
+    found = history.outcome(line_of_runs[2])
+    assert found["lowest"] == [20, 0.01] and found["last"] == [40, 1 / 40]
 
 
 def test_what_came_before_a_resume_is_sent_once_and_thinned(line_of_runs, monkeypatch):
