@@ -57,7 +57,7 @@ class Samples {
   picture(sample, tag) {
     return make("button", { class: "lw-picture", type: "button", onclick: () => this.large(sample), "aria-label": t`${sample.prompt}, ${tag}, open large` },
       make("img", { src: sample.address || fileAddress(sample.path), alt: `${sample.prompt}, ${tag}`, loading: "lazy" }),
-      make("span", {}, tag));
+      make("span", { title: tag }, tag));
   }
 
   // Large: arrows go through steps (left, right) and prompts (up, down).

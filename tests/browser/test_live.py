@@ -9,7 +9,7 @@ import pytest
 
 from tests.browser.conftest import eventually, open_tab, set_text, wait_ready, wait_state
 from tests.browser.test_form import load, put_preset
-from trainer.events import EventLog, Phase, Started, Step
+from trainer.events import EventLog, Phase, Sample, Started, Step
 from trainer.run import Run
 from trainer.schema.memory import ON_A_CPU
 
@@ -269,6 +269,24 @@ def test_a_page_at_rest_leaves_the_processor_alone(page):
         }"""
     )
     assert counted == 1
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_what_a_picture_shows_is_a_line_at_its_edge(server, page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    start(page, "steps=8")
+    wait_state(page, "starting", "running")
+    wait_state(page, "done")
+    (folder,) = server.runs.glob("2*")
+    EventLog(Run(folder).events).emit(Sample("samples/000008_0.png", "a cat", 0, 7, 8, 0.0))
+    page.reload()
+    wait_ready(page)
+    badge = page.get_by_title("without LoRA")
+    badge.wait_for()
+    high, above, pictured = badge.evaluate(
+        "badge => [badge.offsetHeight, badge.offsetTop, badge.parentElement.offsetHeight]"
+    )
+    assert high <= 16 and above + high >= pictured - 4
 
 
 def test_samples_open_large_and_arrows_go_through_steps(page):
