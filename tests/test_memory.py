@@ -1,5 +1,6 @@
 """What the system is asked for, counted as pages in a process of its own: how glibc is set holds to its end."""
 
+import os
 import subprocess
 import sys
 
@@ -24,9 +25,9 @@ print(pages() - before)
 
 
 def asked_for(how: str) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", FREED_AND_ASKED_FOR_AGAIN, how], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", FREED_AND_ASKED_FOR_AGAIN, how]
+    small_pages = {**os.environ, "THP_MEM_ALLOC_ENABLE": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=small_pages)
     return int(done.stdout)
 
 
