@@ -150,8 +150,9 @@ class Group(BaseModel):
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError("holds bytes or characters that are not text in UTF-8")
         coerced = coerce(value, kind_of(field), field)
-        if isinstance(coerced, int) and abs(coerced) > LARGEST:
-            raise ValueError("is too large a number")
+        unbounded = field.json_schema_extra["maximum"] is None  # type: ignore[index]
+        if isinstance(coerced, int) and abs(coerced) > LARGEST and unbounded:
+            raise ValueError(f"is further from 0 than {LARGEST}; lower it")
         return coerced
 
 
