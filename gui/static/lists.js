@@ -9,17 +9,19 @@ class RunList {
     this.chooser = new Chooser(server, live, bar);
     live.resuming = (id) => bar.order(() => this.resume({ id }));
     document.addEventListener("click", (event) => {
+      if (event.target.role === "tab") this.seen = false; // a tab that is opened shows what is true now
       if (event.target.id === "lw-compare-now") this.bar.order(() => this.comparison.show([...this.chosen]));
     });
-    setInterval(() => { if (!this.seen || performance.now() - this.seen > 3000) this.refresh(); }, 200);
+    setInterval(() => { if (!this.seen) this.refresh(); }, 200);
   }
 
   async refresh() {
     const body = byId("lw-runs"), seen = byId("lw-runs-tab")?.offsetParent;
-    if (!seen) this.seen = 0; // asked again the moment the tab is opened
+    if (!seen) this.seen = false; // asked again the moment the tab is opened
     if (!seen || document.hidden || this.asking) return;
-    this.seen = performance.now();
-    this.asking = true;
+    this.seen = this.asking = true;
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => { this.seen = false; }, 3000);
     try {
       const { runs, more, queue, trouble } = await this.server.runs({});
       const key = JSON.stringify([runs, this.live.run, queue, trouble]);

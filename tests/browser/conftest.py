@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -195,8 +194,6 @@ class Visits:
         self.found: list[str] = []
         self.failures = 0
         """Of the session's tests, when a shared page was last known to be sound."""
-        self.module: ModuleType | None = None
-        """Whose tests a shared page was last for."""
 
     def __call__(
         self,
@@ -282,41 +279,56 @@ def page(request, _sound, server, _left_open):
     """A page at its defaults, on its first tab.
 
     Chromium takes a second of one core to put a page together. The tests that need no page of their own share one,
-    which goes back by its own means, and is loaded anew for each module; after a test that failed, the next one gets
-    a new page.
+    which goes back by its own means; after a test that failed, the next one gets a new page.
     """
     if not _left_open.pages:
         page = _left_open(server)
     else:
         page = _left_open.pages[0]
         put_back(page)
-        if request.module is not _left_open.module:
-            page.evaluate("localStorage.clear()")
-            page.reload()
-            wait_ready(page)
-    _left_open.module = request.module
     _left_open.failures = request.session.testsfailed
     yield page
     _left_open.check()
 
 
+PUT_BACK = """async () => {
+    const by = id => document.getElementById(id);
+    const until = async (told, there) => {
+        for (const patience = performance.now() + 15000; !there(); await new Promise(requestAnimationFrame))
+            if (performance.now() > patience) throw new Error(`put back, but never ${told}`);
+    };
+    const built = BUILT;
+    const open = async id => {
+        await until(`with ${id}`, () => by(id));
+        if (by(id).ariaSelected !== "true") { by(id).click(); await built(by(id)); }
+    };
+
+    for (const dialog of document.querySelectorAll("dialog")) dialog.close();
+    await until("without a dialog", () => !document.querySelector("dialog"));
+    if (by("lw-changed").textContent !== "all default") {
+        by("lw-reset").click();
+        const back = "All parameters are back at their defaults";
+        await until(back, () => by("lw-banner").textContent.includes(back));
+        await until("all default", () => by("lw-changed").textContent === "all default");
+    }
+    [...by("lw-banner").querySelectorAll("button")].find(button => button.ariaLabel === "Dismiss")?.click();
+    if (by("tab-advanced-button")?.ariaSelected === "true") { await open("tab-parameters-button"); await open("tab-basic-button"); }
+    await open("tab-source-model-button");
+    by("lw-latest").click();  // what was pinned is gone
+    await until("idle", () => by("lw-pill").dataset.state === "idle");
+    document.activeElement.blur();
+    scrollTo(0, 0);
+}"""
+
+
 def put_back(page) -> None:
     """A page in use goes back to the defaults and the first tab, and its list of presets is that of the server."""
-    page.set_viewport_size({"width": 1440, "height": 900})
+    wait_ready(page)
+    if page.viewport_size != {"width": 1440, "height": 900}:
+        page.set_viewport_size({"width": 1440, "height": 900})
     page.emulate_media(color_scheme="light")
-    page.keyboard.press("Escape")
     page.mouse.move(0, 0)
-    page.locator("dialog").wait_for(state="detached")
-    if page.inner_text("#lw-changed") != "all default":
-        page.get_by_role("button", name="Reset to defaults").click()
-        page.wait_for_selector("#lw-banner >> text=All parameters are back at their defaults")
-        page.wait_for_selector("#lw-changed >> text=all default")
-    if page.locator("#lw-banner").is_visible():
-        page.get_by_role("button", name="Dismiss").click()
-    open_tab(page, "Parameters", "Basic", "Source model")
-    page.evaluate("document.getElementById('lw-latest').click()")  # what was pinned is gone
-    page.wait_for_selector("#lw-pill[data-state=idle]")
-    page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
+    page.evaluate(PUT_BACK.replace("BUILT", BUILT))
 
 
 def wait_ready(page) -> None:
@@ -329,6 +341,7 @@ def wait_state(page, *states: str, patience_s: float = 30) -> str:
         "states => states.includes(document.getElementById('lw-pill').dataset.state)",
         arg=list(states),
         timeout=patience_s * 1000,
+        polling=50,  # and not for each frame, which has Chromium draw them without end
     )
     return page.inner_text("#lw-pill")
 
@@ -347,9 +360,7 @@ BUILT = """tab => new Promise(resolve => {
 
 def open_tab(page, *names: str) -> None:
     for name in names:
-        tab = page.get_by_role("tab", name=name, exact=True)
-        tab.click()
-        tab.evaluate(BUILT)
+        page.get_by_role("tab", name=name, exact=True).evaluate(f"tab => {{ tab.click(); return ({BUILT})(tab); }}")
 
 
 def set_text(page, key: str, text: str) -> None:

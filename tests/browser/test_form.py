@@ -46,6 +46,8 @@ def load(page, name):
 
 
 def test_a_preset_fills_every_tab_and_tells_what_became_of_its_keys(page):
+    page.reload()  # the presets are listed anew
+    wait_ready(page)
     open_tab(page, "Samples")
     set_text(page, "sample_sampler", "ddim")
     load(page, "old")
@@ -418,7 +420,7 @@ def test_a_phone_shows_every_tab_and_never_scrolls_sideways(page, dark):
     page.emulate_media(color_scheme="dark" if dark else "light")
     for tab in ("Folders", "Parameters", "Advanced", "Samples", "Dataset", "Config (JSON)", "Runs", "Tools"):
         open_tab(page, tab)
-        page.wait_for_timeout(150)
+        page.wait_for_timeout(50)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
 
 
@@ -434,7 +436,6 @@ def test_every_control_has_a_name(page):
         ["Runs"],
     ):
         open_tab(page, *tabs)
-        page.wait_for_timeout(100)
         nameless = page.evaluate(
             """() => [...document.querySelectorAll('input, textarea, select, button')].filter(e => e.offsetParent)
                .filter(e => !(e.labels?.[0]?.textContent || e.ariaLabel || e.textContent || e.title).trim())

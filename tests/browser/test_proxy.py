@@ -65,7 +65,7 @@ def test_the_page_is_whole_under_a_path_behind_nginx(proxied, visit):
     page.get_by_role("button", name="Log in").click()
     wait_ready(page)
     assert page.url == server.url
-    set_text(page, "training_comment", "steps=150")
+    set_text(page, "training_comment", "steps=40")
     page.get_by_role("button", name="Start training").click()
     wait_state(page, "running", "done")
     page.wait_for_selector("#lw-samples img >> nth=1")

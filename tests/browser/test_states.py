@@ -2,7 +2,7 @@
 
 import contextlib
 
-from tests.browser.conftest import FAKE, eventually, serving, set_text, wait_state
+from tests.browser.conftest import FAKE, eventually, serving, set_text, wait_ready, wait_state
 
 
 def fill(place):
@@ -29,6 +29,8 @@ def test_a_full_disk_is_told_and_once_there_is_room_all_goes_on(small_disk, visi
 
 
 def test_everything_can_be_done_without_a_mouse(page):
+    page.reload()
+    wait_ready(page)
     page.keyboard.press("Control+k")
     page.keyboard.type("training comment")
     page.keyboard.press("Enter")
