@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -15,15 +16,11 @@ from trainer.models import Schedule, Target, TextStates, clip_tokens, layout, we
 from trainer.models.clip_tokens import Tokens
 from trainer.models.facts import FAMILIES, Encoder, Family
 from trainer.models.families import Found
-from trainer.models.lean_imports import (
-    AutoencoderKL,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    UNet2DConditionModel,
-)
 from trainer.paths import resolve, shown
 from trainer.transfer import send
+
+if TYPE_CHECKING:
+    from trainer.models.lean_imports import AutoencoderKL, UNet2DConditionModel
 
 PLACES = {"attentions": "attention", "resnets": "resnet", "downsamplers": "resnet", "upsamplers": "resnet"}
 EDGES = ("conv_in", "conv_out", "time_embedding.", "add_embedding.")
@@ -66,24 +63,29 @@ class StableDiffusion:
         family = FAMILIES[found.family]
         configs = {part: dict(config) for part, config in family.configs.items()}
         vae_dtype = vae_dtype or dtype
-        if found.layout == "diffusers":
-            for part in family.parts:
-                configs[part] = _component_config(path / part)
-            scheduler = path / "scheduler" / "scheduler_config.json"
-            if scheduler.exists():
-                configs["scheduler"] |= _known(json.loads(scheduler.read_text()), configs["scheduler"])
-            modules = empty(family, configs)
-            for part, module in modules.items():
-                if part != "vae" or not vae:
-                    kind = vae_dtype if part == "vae" else dtype
-                    weights.fill_from_folder(module, path / part, kind, device)
-        else:
-            with weights.opened(path) as file:
-                configs |= json.loads(file.header.metadata.get("config", "{}"))
-                modules = empty(family, configs)
-                for part, names in layout.tables(family, configs, file.header.tensors).items():
+        folders, names = {}, {}
+        with ExitStack() as files, weights.threads() as pool:
+            if found.layout == "diffusers":
+                for part in family.parts:
+                    configs[part] = _component_config(path / part)
                     if part != "vae" or not vae:
-                        weights.fill(modules[part], names, file, vae_dtype if part == "vae" else dtype, device, path)
+                        kind = vae_dtype if part == "vae" else dtype
+                        folders[part] = weights.read_folder(path / part, kind, device, pool, files)
+                scheduler = path / "scheduler" / "scheduler_config.json"
+                if scheduler.exists():
+                    configs["scheduler"] |= _known(json.loads(scheduler.read_text()), configs["scheduler"])
+            else:
+                file = files.enter_context(weights.opened(path))
+                configs |= json.loads(file.header.metadata.get("config", "{}"))
+                for part, table in layout.tables(family, configs, file.header.tensors).items():
+                    if part != "vae" or not vae:
+                        kind = vae_dtype if part == "vae" else dtype
+                        names[part] = weights.read(table, file, kind, device, path, pool)
+            modules = empty(family, configs)  # imports the libraries, while the threads read
+            for part, coming in folders.items():
+                weights.give_from_folder(modules[part], coming, path / part)
+            for part, coming in names.items():
+                weights.give(modules[part], coming, path)
         if vae:
             modules["vae"] = load_vae(resolve(vae), configs["vae"], vae_dtype, device)
         for module in modules.values():
@@ -188,6 +190,8 @@ class StableDiffusion:
 
 def empty(family: Family, configs: Mapping[str, Any]) -> dict[str, Any]:
     """Modules without weights, by their part: "unet", "vae", and the text encoders'."""
+    from trainer.models.lean_imports import AutoencoderKL, UNet2DConditionModel
+
     return {
         "unet": weights.build(lambda: UNet2DConditionModel(**configs["unet"])),
         "vae": weights.build(lambda: AutoencoderKL(**configs["vae"])),
@@ -196,6 +200,8 @@ def empty(family: Family, configs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _empty_encoder(encoder: Encoder, config: Mapping[str, Any]) -> torch.nn.Module:
+    from trainer.models.lean_imports import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
     kind = CLIPTextModelWithProjection if encoder.projected else CLIPTextModel
     return weights.build(lambda: kind(CLIPTextConfig(**config)))
 
@@ -211,10 +217,13 @@ def _known(config: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
 
 def load_vae(path: Path, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> AutoencoderKL:
     """A VAE from a diffusers folder or a single file (bare, or inside a checkpoint)."""
+    from trainer.models.lean_imports import AutoencoderKL
+
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         vae = weights.build(lambda: AutoencoderKL(**_component_config(folder)))
-        weights.fill_from_folder(vae, folder, dtype, device)
+        with ExitStack() as files, weights.threads() as pool:
+            weights.give_from_folder(vae, weights.read_folder(folder, dtype, device, pool, files), folder)
         return vae  # type: ignore[return-value]
     vae = weights.build(lambda: AutoencoderKL(**config))
     with weights.opened(path) as file:

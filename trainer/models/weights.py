@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +31,9 @@ DTYPES = {
 
 THREADS = 2
 """One waits for the file while another copies; more take more memory, and hardly less time."""
+
+Coming = Iterator[tuple[str, dict[str, torch.Tensor]]]
+"""Tensors that are being read: the file's name of one, and what becomes of it by the module's names."""
 
 
 class _Buffer(threading.local):
@@ -118,6 +121,62 @@ def build(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         return make()
 
 
+@contextmanager
+def threads() -> Iterator[Executor]:
+    """Threads that read weights; what they have not begun when something goes wrong is left."""
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read(
+    names: layout.Names,
+    file: Safetensors | Pickled,
+    dtype: torch.dtype,
+    device: torch.device,
+    path: Path,
+    pool: Executor,
+) -> Coming:
+    """Begin to read a module's weights from an open file, to stay on `device`; `give` takes them.
+
+    `names` maps the file's tensor names to the module's. Raises ModelError naming what is missing.
+    """
+    missing = [name for name in names if name not in file.header.tensors]
+    if missing:
+        raise ModelError(
+            f'"{shown(path)}" lacks {len(missing)} tensors of the model, the first is {missing[0]}.',
+            "The file is damaged or of another kind; download it again or choose another base model.",
+        )
+
+    def kept(theirs: str) -> dict[str, torch.Tensor]:
+        found = layout.taken(theirs, file.look(theirs), names[theirs])
+        return {name: _kept(tensor, dtype, device) for name, tensor in found}
+
+    return zip(names, pool.map(kept, names), strict=True)
+
+
+def give(module: torch.nn.Module, coming: Coming, path: Path) -> None:
+    """Give an empty module its weights. Raises ModelError naming what is misshapen.
+
+    A tensor of the same content in another shape (1×1 convolutions of the original layout that are linear in
+    diffusers) is reshaped.
+    """
+    wanted = dict(module.named_parameters())
+    state = {}
+    for theirs, found in coming:
+        for name, tensor in found.items():
+            shape = wanted[name].shape
+            if tensor.numel() != shape.numel():
+                raise ModelError(
+                    f'"{shown(path)}": {theirs} has the shape {list(tensor.shape)}, the model needs {list(shape)}.',
+                    "The file is of another model family than its names say; choose another base model.",
+                )
+            state[name] = tensor.reshape(shape)
+    module.load_state_dict(state, strict=False, assign=True)
+
+
 def fill(
     module: torch.nn.Module,
     names: layout.Names,
@@ -126,40 +185,9 @@ def fill(
     device: torch.device,
     path: Path,
 ) -> None:
-    """Give an empty module its weights from an open file.
-
-    `names` maps the file's tensor names to the module's. A tensor of the same content in another
-    shape (1×1 convolutions of the original layout that are linear in diffusers) is reshaped.
-    Raises ModelError naming what is missing or misshapen.
-    """
-    present = file.header.tensors
-    wanted = dict(module.named_parameters())
-    missing = [name for name in names if name not in present]
-    if missing:
-        raise ModelError(
-            f'"{shown(path)}" lacks {len(missing)} tensors of the model, the first is {missing[0]}.',
-            "The file is damaged or of another kind; download it again or choose another base model.",
-        )
-
-    def taken(theirs: str) -> dict[str, torch.Tensor]:
-        found = {}
-        for name, tensor in layout.taken(theirs, file.look(theirs), names[theirs]):
-            shape = wanted[name].shape
-            if tensor.numel() != shape.numel():
-                raise ModelError(
-                    f'"{shown(path)}": {theirs} has the shape {list(tensor.shape)}, the model needs {list(shape)}.',
-                    "The file is of another model family than its names say; choose another base model.",
-                )
-            found[name] = _kept(tensor.reshape(shape), dtype, device)
-        return found
-
-    module.load_state_dict(_all(taken, names), strict=False, assign=True)
-
-
-def _all(taken: Callable[[str], dict[str, torch.Tensor]], names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """What `taken` finds in a file for all names, by several threads."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return {name: tensor for found in pool.map(taken, names) for name, tensor in found.items()}
+    """Read an empty module's weights from an open file and give it them."""
+    with threads() as pool:
+        give(module, read(names, file, dtype, device, path, pool), path)
 
 
 def _kept(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -168,18 +196,31 @@ def _kept(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> tor
     return tensor.to(device, dtype, memory_format=order, copy=True)
 
 
-def fill_from_folder(module: torch.nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Give an empty module its weights from a diffusers component folder, sharded or not."""
+def read_folder(
+    folder: Path, dtype: torch.dtype, device: torch.device, pool: Executor, files: ExitStack
+) -> list[Coming]:
+    """Begin to read all weights of a diffusers component folder, sharded or not; the shards are closed with `files`."""
+
+    def read_shard(file: Safetensors | Pickled) -> Coming:
+        def kept(name: str) -> dict[str, torch.Tensor]:
+            return {name: _kept(file.look(name), dtype, device)}
+
+        names = list(file.header.tensors)
+        return zip(names, pool.map(kept, names), strict=True)
+
+    return [read_shard(files.enter_context(opened(shard))) for shard in weight_files(folder)]
+
+
+def give_from_folder(module: torch.nn.Module, coming: Iterable[Coming], folder: Path) -> None:
+    """Give an empty module its weights from its folder. Raises ModelError naming what is missing."""
     wanted = dict(module.named_parameters())
-    state: dict[str, torch.Tensor] = {}
-
-    def taken(name: str) -> dict[str, torch.Tensor]:
-        ours = name if name in wanted else name.removeprefix("text_model.")
-        return {ours: _kept(file.look(name), dtype, device)} if ours in wanted else {}
-
-    for shard in weight_files(folder):
-        with opened(shard) as file:
-            state |= _all(taken, file.header.tensors)
+    state = {}
+    for shard in coming:
+        for _, found in shard:
+            for name, tensor in found.items():
+                ours = name if name in wanted else name.removeprefix("text_model.")
+                if ours in wanted:
+                    state[ours] = tensor
     missing = sorted(set(wanted) - set(state))
     if missing:
         raise ModelError(
