@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,9 @@ class Visits:
                 else self.found.append(f"foreign request: {r.url}")
             ),
         )
+        page.wait_for_selector = partial(wait_for_selector, page)
+        # Asked for each frame, as is Playwright's way, Chromium would draw frames without end.
+        page.wait_for_function = partial(page.wait_for_function, polling=50)
         page.goto(server.url + path)
         if ready:
             wait_ready(page)
@@ -318,6 +322,7 @@ PUT_BACK = """async () => {
     await until("idle", () => by("lw-pill").dataset.state === "idle");
     document.activeElement.blur();
     scrollTo(0, 0);
+    localStorage.clear();
 }"""
 
 
@@ -331,6 +336,16 @@ def put_back(page) -> None:
     page.evaluate(PUT_BACK.replace("BUILT", BUILT))
 
 
+def wait_for_selector(page, selector: str, state: str = "visible", timeout: float = 15000) -> None:
+    """As Playwright's own, which looks ever more seldom, up to twice a second."""
+    found, pause_s = page.locator(selector).first, 0.0
+    there = {"visible": found.is_visible, "attached": lambda: page.locator(selector).count() > 0}[state]
+    until = time.monotonic() + timeout / 1000
+    while not there():
+        assert time.monotonic() < until, f"{selector} is not {state}"
+        page.wait_for_timeout(1000 * (pause_s := min(0.15, pause_s + 0.02)))
+
+
 def wait_ready(page) -> None:
     page.wait_for_selector("html[data-lorawright=ready]", state="attached")
 
@@ -341,7 +356,6 @@ def wait_state(page, *states: str, patience_s: float = 30) -> str:
         "states => states.includes(document.getElementById('lw-pill').dataset.state)",
         arg=list(states),
         timeout=patience_s * 1000,
-        polling=50,  # and not for each frame, which has Chromium draw them without end
     )
     return page.inner_text("#lw-pill")
 

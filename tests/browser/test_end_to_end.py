@@ -31,6 +31,7 @@ def shorten(page, steps):
 def test_load_check_start_watch_reload_and_stop_end_in_a_lora_that_changes_pictures(tmp_path, visit):
     with serving(tmp_path / "rüns here", REAL) as server:
         page = visit(server)
+        page.evaluate("window.unhurried = true")  # the trainer needs the processor
         page.select_option("#lw-preset", "shipped/first-steps")
         page.get_by_role("button", name="Load", exact=True).click()
         page.wait_for_selector("#lw-banner >> text=Loaded")
@@ -68,12 +69,13 @@ def pictures_differ_in_diffusers(lora):
     """Load the file into diffusers' own pipeline on the same base; strong, since it learned for a few steps only."""
     import numpy as np
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     from trainer import models
     from trainer.models import clip_tokens
 
     model = models.load("", "", torch.float32, torch.device("cpu"), 1, 75)
+    from diffusers import DDIMScheduler, StableDiffusionPipeline  # a second less behind what the model needs of it
+
     parts = (model.vae, model.text_encoders["te"], clip_tokens.tokenizer(), model.unet)
     scheduler = DDIMScheduler(**model.schedule.config)
     pipeline = StableDiffusionPipeline(*parts, scheduler, None, None, requires_safety_checker=False)

@@ -137,6 +137,7 @@ def test_memory_that_really_ends_shows_as_its_cause_the_controls_that_help_and_t
     put_preset(server, "big", big | {"training_comment": "room=1000"})
     page = visit(server)
     load(page, "big")
+    page.evaluate("window.unhurried = true")  # the trainer needs the processor
     page.get_by_role("button", name="Start training").click()
     wait_state(page, "starting", patience_s=60)
     wait_state(page, "crashed", patience_s=60)

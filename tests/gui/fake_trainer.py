@@ -17,8 +17,6 @@ import sys
 import time
 from pathlib import Path
 
-from PIL import Image
-
 from trainer.events import Ended, EventLog, Failed, Phase, Sample, Saved, Started, Step, Verified, Warned
 from trainer.run import Run
 
@@ -123,6 +121,8 @@ def train_for_real(room: int) -> int:
 
 
 def sample(run: Run, events: EventLog, step: int, prompts: list[str]) -> None:
+    from PIL import Image
+
     run.samples.mkdir(exist_ok=True)
     for index, prompt in enumerate(prompts):
         path = run.samples / f"{step:06d}_{index}.png"
