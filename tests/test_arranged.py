@@ -12,10 +12,11 @@ pytestmark = pytest.mark.skipif(not arranged._supported(torch.float32), reason="
 KINDS = [torch.float32, *([torch.bfloat16] if arranged._supported(torch.bfloat16) else [])]
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", KINDS)
-def test_an_arranged_convolution_and_the_gradient_of_its_input_are_the_plain_ones(dtype):
+def test_an_arranged_convolution_and_the_gradient_of_its_input_are_the_plain_ones(dtype, stride):
     torch.manual_seed(0)
-    plain, other = (torch.nn.Conv2d(24, 40, 3, padding=1).to(dtype).requires_grad_(False) for _ in range(2))
+    plain, other = (torch.nn.Conv2d(24, 40, 3, stride, 1).to(dtype).requires_grad_(False) for _ in range(2))
     other.load_state_dict(plain.state_dict())
     weight = plain.weight.clone()
     arranged.arrange(torch.nn.Sequential(other))
@@ -43,7 +44,7 @@ def test_the_gradient_takes_no_second_copy_where_nothing_is_asked_of_it():
     assert layer.backward_blocks is None
 
 
-@pytest.mark.parametrize("changed", [{"stride": 2}, {"kernel_size": 1, "padding": 0}, {"groups": 4}, {"dilation": 2}])
+@pytest.mark.parametrize("changed", [{"stride": 3}, {"kernel_size": 1, "padding": 0}, {"groups": 4}, {"dilation": 2}])
 def test_other_convolutions_stay_as_they_are(changed):
     layer = torch.nn.Conv2d(16, 16, **{"kernel_size": 3, "padding": 1} | changed)
     arranged.arrange(torch.nn.Sequential(layer))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Sequence
 
 import psutil
 import torch
@@ -19,20 +20,20 @@ from trainer.compact import Compact
 log = logging.getLogger(__name__)
 PLAIN = {
     "kernel_size": (3, 3),
-    "stride": (1, 1),
     "padding": (1, 1),
     "dilation": (1, 1),
     "groups": 1,
     "padding_mode": "zeros",
 }
-"""Of those that take most of the convolutions' time; the others are 1×1 or halve the size."""
+"""Of those that take most of the convolutions' time: they keep the size or halve it. The others are 1×1."""
+STRIDES = (1, 1), (2, 2)
 
 SIDES = (16, 16)
 """Not those of the first input to come: a resumed training begins with another one, and must round alike."""
 
 
 class ArrangedConv(Compact, torch.nn.Conv2d):
-    """A 3×3 convolution that keeps the size; `blocks` and `backward_blocks` are weights in oneDNN's order."""
+    """A 3×3 convolution that keeps the size or halves it; `blocks` and `backward_blocks` are weights in oneDNN's order."""
 
     blocks: torch.Tensor
     backward_blocks: torch.Tensor | None = None
@@ -43,17 +44,19 @@ class ArrangedConv(Compact, torch.nn.Conv2d):
     def answer(self, x: torch.Tensor) -> torch.Tensor:
         convolve = torch.ops.mkldnn._convolution_pointwise
         x = x.contiguous(memory_format=torch.channels_last)
-        return convolve(x, self.blocks, self.bias, [1, 1], [1, 1], [1, 1], 1, "none", [], "")  # type: ignore[no-any-return]
+        return convolve(x, self.blocks, self.bias, [1, 1], self.stride, [1, 1], 1, "none", [], "")  # type: ignore[no-any-return]
 
     def pulled_back(self, gradient: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The gradient of the input is the transposed convolution of the answer's."""
         if self.backward_blocks is None:  # first asked for here, as layers before the first trained one never are
             reorder = torch.ops.mkldnn._reorder_convolution_transpose_weight
             size = [1, self.out_channels, *SIDES]
-            self.backward_blocks = reorder(self.weight, [1, 1], [0, 0], [1, 1], [1, 1], 1, size)
+            self.backward_blocks = reorder(self.weight, [1, 1], [0, 0], self.stride, [1, 1], 1, size)
         convolve = torch.ops.mkldnn._convolution_transpose_pointwise
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        return convolve(gradient, self.backward_blocks, None, [1, 1], [0, 0], [1, 1], [1, 1], 1, "none", [], "")  # type: ignore[no-any-return]
+        # A stride of 2 ends one row short of an even side.
+        left = [(side - 1) % step for side, step in zip(shape[2:], self.stride, strict=True)]
+        return convolve(gradient, self.backward_blocks, None, [1, 1], left, self.stride, [1, 1], 1, "none", [], "")  # type: ignore[no-any-return]
 
 
 def arrange(model: torch.nn.Module) -> None:
@@ -65,7 +68,7 @@ def arrange(model: torch.nn.Module) -> None:
     for layer in layers:
         weight = layer.weight.detach()
         del layer.weight
-        layer.blocks = _in_blocks(weight)
+        layer.blocks = _in_blocks(weight, layer.stride)
         layer.__class__ = ArrangedConv
         del weight
     memory.give_back()
@@ -75,7 +78,7 @@ def arrange(model: torch.nn.Module) -> None:
 
 
 def _fits(layer: torch.nn.Conv2d) -> bool:
-    return all(getattr(layer, name) == value for name, value in PLAIN.items())
+    return layer.stride in STRIDES and all(getattr(layer, name) == value for name, value in PLAIN.items())
 
 
 def _supported(dtype: torch.dtype) -> bool:
@@ -84,7 +87,7 @@ def _supported(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
-def _in_blocks(weight: torch.Tensor) -> torch.Tensor:
+def _in_blocks(weight: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
     """`weight` [out, in, 3, 3] in the order that suits inputs of `SIDES` best; others are computed as well."""
     reorder = torch.ops.mkldnn._reorder_convolution_weight
-    return reorder(weight, [1, 1], [1, 1], [1, 1], 1, [1, weight.shape[1], *SIDES])  # type: ignore[no-any-return]
+    return reorder(weight, [1, 1], stride, [1, 1], 1, [1, weight.shape[1], *SIDES])  # type: ignore[no-any-return]
