@@ -26,8 +26,8 @@ Shape = Mapping[str, Any]
 FORM: Shape = {"entries": Entries, "kept": dict[str, Any]}
 RUN: Shape = {"run": str}
 SHAPES: dict[str, Shape] = {
-    "hello": {},
-    "draft": FORM,
+    "hello": {"page?": str},
+    "draft": {**FORM, "page?": str},
     "load": {"id": str, "entries?": Entries, "source?": str},
     "parse": {"text": str},
     "flat": FORM,

@@ -53,6 +53,8 @@ class Desk:
     presets: Presets
     roots: Roots
     allow: Callable[[Path], None]
+    page: str = ""
+    """Of several that show the form, the one that had it last."""
 
     @property
     def draft(self) -> Path:
@@ -63,6 +65,7 @@ class Desk:
 
         Who comes for the first time finds the preset of first steps, ready to start.
         """
+        self.page = str(ask.get("page", self.page))
         try:
             preset = kohya.load(self.draft) if self.draft.exists() else self._first()
         except ConfigError:
@@ -82,10 +85,17 @@ class Desk:
         return self.presets.load(FIRST) if FIRST in self.presets.ids() else kohya.Preset({})
 
     def draft_saved(self, ask: Ask) -> Answer:
-        """Keep the form as it stands; tells what the schema finds wrong with it."""
+        """Keep the form as it stands; tells what the schema finds wrong with it.
+
+        `others`: another page has had the form since this one did.
+        """
         values = form.read(ask["entries"])
         kohya.save(self.draft, values, ask["kept"])
-        return {"problems": [asdict(problem) for problem in form.problems(values)]}
+        before, self.page = self.page, str(ask.get("page", ""))
+        return {
+            "others": before not in ("", self.page),
+            "problems": [asdict(problem) for problem in form.problems(values)],
+        }
 
     def load(self, ask: Ask) -> Answer:
         """A preset as the form shows it. `stays`: what it does not name and the user has entered, which is kept.

@@ -3,8 +3,8 @@
 const FIRST = "shipped/first-steps"; // what the form shows on the first visit
 
 class Bar {
-  constructor(form, banner, server, live) {
-    Object.assign(this, { form, banner, server, live });
+  constructor(form, banner, server, live, page) {
+    Object.assign(this, { form, banner, server, live, page });
     this.preset = byId("lw-preset");
     this.on("lw-load", () => this.load());
     this.on("lw-diff", () => this.diff());
@@ -90,18 +90,19 @@ class Bar {
       const entries = this.form.entries;
       let answer;
       try {
-        answer = await this.server.draft({ entries, kept: this.form.kept });
+        answer = await this.server.draft({ page: this.page, entries, kept: this.form.kept });
       } catch {
         this.drafting = setTimeout(() => this.draftLater(), 3000);
         return;
       }
+      byId("lw-others").hidden = !answer.others;
       if (entries === this.form.entries) { this.form.mark(answer.problems); this.undrafted = false; }
     }, 500);
   }
 
   // A page that is closed is not waited for, so its last change is sent in a request that outlives it.
   draftAtOnce() {
-    if (this.undrafted) this.askAtOnce("draft", { entries: this.form.entries, kept: this.form.kept });
+    if (this.undrafted) this.askAtOnce("draft", { page: this.page, entries: this.form.entries, kept: this.form.kept });
   }
 
   askAtOnce(fn_name, data) {

@@ -37,12 +37,12 @@ class Sweep {
       const p = this.chosen(i), typed = byId(`lw-sweep-field-${i}`).value.trim();
       byId(`lw-sweep-about-${i}`).textContent = p?.kind === "text" ? t`in the form: ${this.form.spoken(this.form.entries[p.key])}`
         : p ? t`${p.allowed}; in the form: ${this.form.spoken(this.form.entries[p.key])}` : typed ? t`No parameter has this label or key.` : "";
-      wrong ||= Boolean(typed) !== Boolean(p);
+      wrong ||= Boolean(typed) !== Boolean(p) || (!p && this.values(i).length > 0);
       if (p) runs *= this.values(i).length;
     }
     for (const i of [1, 2]) {
       const p = this.chosen(i), told = byId(`lw-sweep-told-${i}`), count = this.values(i).length;
-      const lacking = p && byId(`lw-sweep-values-${i}`).value.trim() && (!count ? t`There is no value here.` : runs === 1 && t`One value only: enter at least two that differ.`);
+      const lacking = byId(`lw-sweep-values-${i}`).value.trim() && (!p ? t`Of which parameter? Enter its label or key.` : !count ? t`There is no value here.` : runs === 1 && t`One value only: enter at least two that differ.`);
       told.className = lacking ? "lw-wrong" : "lw-facts";
       told.textContent = lacking || (p?.kind === "text" ? t`with semicolons between, as in 512,512; 768,768` : t`with commas between`);
     }

@@ -219,10 +219,13 @@ def test_a_sweep_is_checked_queued_and_ends_in_a_table(server, page):
     set_text(page, "train_data_dir", "embedded:images")
     open_tab(page, "Runs")
     page.get_by_text("Try several values: a sweep").click()
-    page.locator("#lw-sweep-field-1").fill("network_dim")
-    page.wait_for_selector("#lw-sweep-about-1 >> text=in the form: 8")
     values = page.locator("#lw-sweep-values-1")
     told = page.locator("#lw-sweep-told-1")
+    values.fill("4, 16")
+    assert told.inner_text() == "Of which parameter? Enter its label or key."
+    assert page.locator("#lw-sweep-start").is_disabled()
+    page.locator("#lw-sweep-field-1").fill("network_dim")
+    page.wait_for_selector("#lw-sweep-about-1 >> text=in the form: 8")
     for text, reason in (("4,4", "One value only: enter at least two that differ."), (",", "There is no value here.")):
         values.fill(text)
         assert told.inner_text() == reason and page.locator("#lw-sweep-start").is_disabled()

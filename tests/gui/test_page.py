@@ -71,6 +71,18 @@ def test_the_first_visit_finds_the_preset_of_first_steps(desk, tmp_path):
     assert desk.hello({})["draft"]["entries"]["epoch"] == "3"
 
 
+def test_a_page_is_told_when_another_has_had_the_form_since(desk):
+    def changed(page):
+        return desk.draft_saved({"entries": entries(desk), "kept": {}, "page": page})["others"]
+
+    assert not changed("of before the server's restart")
+    desk.hello({"page": "one"})
+    assert not changed("one")
+    desk.hello({"page": "two"})  # which shows what the first left
+    assert changed("one") and not changed("one")
+    assert changed("two")
+
+
 def test_a_draft_survives_a_restart_with_what_the_form_cannot_use(desk):
     desk.draft_saved({"entries": entries(desk, learning_rate="fast", network_dim="16"), "kept": {"other": 1}})
     again = desk.hello({})["draft"]
