@@ -83,7 +83,7 @@ def test_a_run_from_start_to_download_through_reload_and_a_second_tab(server, vi
     second.wait_for_selector("#lw-banner >> text=still going on")
     assert page.locator("#lw-others").is_hidden()
     set_text(page, "training_comment", "of this page, where the other shows another one")
-    page.wait_for_selector("#lw-others >> text=also open elsewhere")
+    page.wait_for_selector("#lw-others >> text=open twice")
     page.bring_to_front()  # behind another tab it draws once a second, and so does what clicks in it
 
     page.get_by_role("button", name="Stop", exact=True).click()
