@@ -161,7 +161,7 @@ class DatasetTab {
       answer = await this.server.inspect({ entries });
       list.replaceChildren(make("li", {}, t`Looked at ${answer.done} of ${counted(answer.total, "image")} …`));
     } while (answer.done < answer.total);
-    list.replaceChildren(...(answer.problems.length ? answer.problems.map((p) => this.banner.line(p)) : [make("li", {}, t`${counted(answer.total, "image")}: nothing wrong was seen.`)]));
+    list.replaceChildren(...(answer.problems.length ? answer.problems.map((p) => this.banner.line(p)) : [make("li", {}, answer.total ? t`${counted(answer.total, "image")}: nothing wrong was seen.` : t`There are no images to look at.`)]));
   }
 
   fit() {
