@@ -26,8 +26,8 @@ Shape = Mapping[str, Any]
 FORM: Shape = {"entries": Entries, "kept": dict[str, Any]}
 RUN: Shape = {"run": str}
 SHAPES: dict[str, Shape] = {
-    "hello": {"page?": str},
-    "draft": {**FORM, "page?": str},
+    "hello": {},
+    "draft": FORM,
     "load": {"id": str, "entries?": Entries, "source?": str},
     "parse": {"text": str},
     "flat": FORM,
@@ -51,7 +51,8 @@ SHAPES: dict[str, Shape] = {
     "files": RUN,
     "delete": RUN,
     "compare": {"runs": list[str]},
-    "poll": {"run": str | None, "follow": str, "events": int, "log": int},
+    "poll": {"run": str | None, "follow": str, "events": int, "log": int, "page?": str},
+    "left": {"page": str},
     "control": {**RUN, "word": str},
     "runs": {},
     "settings": RUN,

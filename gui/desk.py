@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from trainer.schema import PARAMETERS
 MOST_RUNS = 100
 MOST_COMPARED = 24
 FIRST = "shipped/first-steps"
+GONE_S = 90
+"""A page that has not asked for so long is gone; a browser lets a hidden one ask once a minute."""
 
 Answer = dict[str, Any]
 Ask = Mapping[str, Any]
@@ -53,8 +56,8 @@ class Desk:
     presets: Presets
     roots: Roots
     allow: Callable[[Path], None]
-    page: str = ""
-    """Of several that show the form, the one that had it last."""
+    pages: dict[str, float] = field(default_factory=dict)
+    """The pages that show the form, and when each asked last for what is new."""
 
     @property
     def draft(self) -> Path:
@@ -65,7 +68,6 @@ class Desk:
 
         Who comes for the first time finds the preset of first steps, ready to start.
         """
-        self.page = str(ask.get("page", self.page))
         try:
             preset = kohya.load(self.draft) if self.draft.exists() else self._first()
         except ConfigError:
@@ -85,17 +87,10 @@ class Desk:
         return self.presets.load(FIRST) if FIRST in self.presets.ids() else kohya.Preset({})
 
     def draft_saved(self, ask: Ask) -> Answer:
-        """Keep the form as it stands; tells what the schema finds wrong with it.
-
-        `others`: another page has had the form since this one did.
-        """
+        """Keep the form as it stands; tells what the schema finds wrong with it."""
         values = form.read(ask["entries"])
         kohya.save(self.draft, values, ask["kept"])
-        before, self.page = self.page, str(ask.get("page", ""))
-        return {
-            "others": before not in ("", self.page),
-            "problems": [asdict(problem) for problem in form.problems(values)],
-        }
+        return {"problems": [asdict(problem) for problem in form.problems(values)]}
 
     def load(self, ask: Ask) -> Answer:
         """A preset as the form shows it. `stays`: what it does not name and the user has entered, which is kept.
@@ -302,12 +297,21 @@ class Desk:
         return {"done": run is not None and ask["word"] in orders and orders[ask["word"]](run)}
 
     def poll(self, ask: Ask) -> Answer:
+        """What is new of a run. `others`: whether another page shows the form, too."""
         answer = live.poll(self.runs, ask)
+        now, page = time.monotonic(), ask.get("page", "")
+        self.pages = {other: at for other, at in self.pages.items() if now - at < GONE_S} | {page: now}
+        answer["others"] = len(self.pages) > 1
         for folder in {Path(sample["path"]).parent for sample in answer.get("samples", ())}:
             self.allow(folder)
         if answer.get("state") in ALIVE:
             answer["waiting"] = [run.folder.name for run in self.queue.waiting()]
         return answer
+
+    def left(self, ask: Ask) -> Answer:
+        """A page was closed."""
+        self.pages.pop(ask["page"], None)
+        return {}
 
     def control(self, ask: Ask) -> Answer:
         """Hand a request to a run's trainer; `kill` ends it."""
@@ -482,6 +486,7 @@ class Desk:
             "delete": self.delete,
             "compare": self.compare,
             "poll": self.poll,
+            "left": self.left,
             "control": self.control,
             "runs": self.list_runs,
             "settings": self.settings,

@@ -37,3 +37,13 @@ def test_a_process_whose_last_words_find_no_room_fails():
             [sys.executable, "-c", LEAVING], stdout=full, stderr=subprocess.PIPE, env=buffered, timeout=60
         )
     assert done.returncode == 120 and b"No space left on device" in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell's >&- is meant")
+def test_a_process_without_standard_output_ends_as_one_with_it():
+    done = subprocess.run(
+        ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, LEAVING.replace("print('said'); ", "")],
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    assert done.returncode == 3 and done.stderr == b""

@@ -3,8 +3,8 @@
 const FIRST = "shipped/first-steps"; // what the form shows on the first visit
 
 class Bar {
-  constructor(form, banner, server, live, page) {
-    Object.assign(this, { form, banner, server, live, page });
+  constructor(form, banner, server, live) {
+    Object.assign(this, { form, banner, server, live });
     this.preset = byId("lw-preset");
     this.on("lw-load", () => this.load());
     this.on("lw-diff", () => this.diff());
@@ -23,7 +23,7 @@ class Bar {
     form.whenChanged.push(() => this.count());
     form.whenChanged.push(() => this.draftLater());
     form.whenChanged.push(() => banner.outdate(form.entries));
-    addEventListener("pagehide", () => this.draftAtOnce());
+    addEventListener("pagehide", () => { this.draftAtOnce(); this.askAtOnce("left", { page: PAGE }); });
     document.addEventListener("keydown", (event) => {
       if ((event.ctrlKey || event.metaKey) && event.key === "Enter") { event.preventDefault(); byId("lw-start").click(); }
       if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "s") { event.preventDefault(); byId("lw-save").click(); }
@@ -90,19 +90,18 @@ class Bar {
       const entries = this.form.entries;
       let answer;
       try {
-        answer = await this.server.draft({ page: this.page, entries, kept: this.form.kept });
+        answer = await this.server.draft({ entries, kept: this.form.kept });
       } catch {
         this.drafting = setTimeout(() => this.draftLater(), 3000);
         return;
       }
-      byId("lw-others").hidden = !answer.others;
       if (entries === this.form.entries) { this.form.mark(answer.problems); this.undrafted = false; }
     }, 500);
   }
 
   // A page that is closed is not waited for, so its last change is sent in a request that outlives it.
   draftAtOnce() {
-    if (this.undrafted) this.askAtOnce("draft", { page: this.page, entries: this.form.entries, kept: this.form.kept });
+    if (this.undrafted) this.askAtOnce("draft", { entries: this.form.entries, kept: this.form.kept });
   }
 
   askAtOnce(fn_name, data) {

@@ -3,8 +3,7 @@
 async function begin(server) {
   await whenThere(() => byId("form") && byId("lw-read") && byId("lw-fill") && byId("lw-log"), 20000);
   document.head.append(make("style", {}, LATER_STYLES));
-  const page = Math.random().toString(36).slice(2); // tells this page from another that shows the form
-  const hello = await server.hello({ page });
+  const hello = await server.hello({});
   const form = new Form(hello.table, server);
   form.models = hello.models;
   document.body.append(make("datalist", { id: "lw-models" }, ...hello.models.map((value) => make("option", { value }))));
@@ -14,7 +13,7 @@ async function begin(server) {
   new ResizeObserver(([head]) => document.documentElement.style.setProperty("--lw-head", `${head.target.offsetHeight}px`)).observe(byId("lw-bar"));
   const banner = new Banner(byId("lw-banner"), form);
   const live = new Live(server, form);
-  const bar = new Bar(form, banner, server, live, page);
+  const bar = new Bar(form, banner, server, live);
   new Outlook(form, server);
   new DatasetTab(form, server, bar);
   new DrawsPart(form, server);

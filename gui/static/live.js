@@ -1,5 +1,6 @@
 // The live panel: asks for what is new, and shows state, progress, loss, samples and log.
 
+const PAGE = Math.random().toString(36).slice(2); // tells this page from another one
 const QUIET_S = 90, KILL_AFTER_S = 60;
 
 class Live {
@@ -57,7 +58,8 @@ class Live {
     this.asking = true;
     let wait;
     try {
-      const answer = await this.server.poll({ run: this.run, follow: this.pinned, events: this.events, log: this.logAt });
+      const answer = await this.server.poll({ run: this.run, follow: this.pinned, events: this.events, log: this.logAt, page: PAGE });
+      if (byId("lw-others")) byId("lw-others").hidden = !answer.others; // who only looks on has no form
       if (this.failures) this.whenBack();
       this.failures = 0;
       wait = this.take(answer);

@@ -37,7 +37,7 @@ class Sweep {
       const p = this.chosen(i), typed = byId(`lw-sweep-field-${i}`).value.trim();
       byId(`lw-sweep-about-${i}`).textContent = p?.kind === "text" ? t`in the form: ${this.form.spoken(this.form.entries[p.key])}`
         : p ? t`${p.allowed}; in the form: ${this.form.spoken(this.form.entries[p.key])}` : typed ? t`No parameter has this label or key.` : "";
-      wrong ||= Boolean(typed) !== Boolean(p) || (!p && this.values(i).length > 0);
+      wrong ||= Boolean(typed) !== Boolean(p) || (!p && Boolean(byId(`lw-sweep-values-${i}`).value.trim()));
       if (p) runs *= this.values(i).length;
     }
     for (const i of [1, 2]) {

@@ -419,6 +419,7 @@ def test_a_phone_shows_every_tab_and_never_scrolls_sideways(page, dark):
     page.set_viewport_size({"width": 390, "height": 844})
     page.emulate_media(color_scheme="dark" if dark else "light")
     for tab in ("Folders", "Parameters", "Advanced", "Samples", "Dataset", "Config (JSON)", "Runs", "Tools"):
+        page.get_by_role("tab", name=tab, exact=True).click()  # nothing lies over it
         open_tab(page, tab)
         page.wait_for_timeout(50)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab

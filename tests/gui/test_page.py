@@ -2,6 +2,7 @@ import json
 import re
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_every_parameter_has_a_widget_and_a_real_label(desk):
 
 def test_the_script_calls_only_functions_that_are_offered(desk):
     offered = {function.__name__ for function in desk.functions()}
-    called = set(re.findall(r"\bserver\.(\w+)\(", page.script({})))
+    called = set(re.findall(r"\b(?:server\.|askAtOnce\(\")(\w+)", page.script({})))
     assert called == offered
 
 
@@ -71,16 +72,18 @@ def test_the_first_visit_finds_the_preset_of_first_steps(desk, tmp_path):
     assert desk.hello({})["draft"]["entries"]["epoch"] == "3"
 
 
-def test_a_page_is_told_when_another_has_had_the_form_since(desk):
-    def changed(page):
-        return desk.draft_saved({"entries": entries(desk), "kept": {}, "page": page})["others"]
+def test_a_page_is_told_while_another_one_shows_the_form(desk, monkeypatch):
+    def others(page):
+        return desk.poll({"run": None, "follow": "", "events": 0, "log": 0, "page": page})["others"]
 
-    assert not changed("of before the server's restart")
-    desk.hello({"page": "one"})
-    assert not changed("one")
-    desk.hello({"page": "two"})  # which shows what the first left
-    assert changed("one") and not changed("one")
-    assert changed("two")
+    assert not others("one") and not others("one")
+    assert others("two") and others("one") and others("one")
+    desk.left({"page": "two"})
+    assert not others("one")
+    assert others("three")
+    now = time.monotonic()
+    monkeypatch.setattr("gui.desk.time.monotonic", lambda: now + 91)
+    assert not others("one"), "one that has not asked for long is gone"
 
 
 def test_a_draft_survives_a_restart_with_what_the_form_cannot_use(desk):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from tests import tiny
 from trainer import models
+from trainer.errors import ModelError
 from trainer.models import clip_tokens, facts, sd
 
 CPU = torch.device("cpu")
@@ -53,6 +56,37 @@ def test_a_single_file_and_a_folder_are_the_same_model(tiny_model, folder):
         states = [dict(part.named_parameters()) for part in parts]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def with_tensor(folder: Path, copy: Path, name: str, tensor: torch.Tensor) -> Path:
+    """A copy of the folder whose text encoder's file has this tensor, too."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, copy)
+    file = copy / "text_encoder" / "model.safetensors"
+    save_file(load_file(file) | {name: tensor}, file)
+    return copy
+
+
+def test_what_the_model_has_no_use_for_in_a_folder_is_left_there_whatever_it_is(folder, tmp_path):
+    more = with_tensor(folder, tmp_path / "more", "seen", torch.zeros(3, dtype=torch.bool))
+    for parts in zip(parts_of(load(folder)), parts_of(load(more)), strict=True):
+        for one, other in zip(*(part.parameters() for part in parts), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "reason"),
+    [
+        (torch.zeros(32, dtype=torch.bool), "stored as BOOL"),
+        (torch.zeros(31), "has the shape [31], the model needs [32]"),
+    ],
+)
+def test_a_weight_in_a_folder_that_cannot_be_the_models_is_named(folder, tmp_path, tensor, reason):
+    wrong = with_tensor(folder, tmp_path / "wrong", "text_model.final_layer_norm.bias", tensor)
+    with pytest.raises(ModelError, match=re.escape(reason)) as refused:
+        load(wrong)
+    assert "final_layer_norm.bias" in str(refused.value) and "text_encoder" in str(refused.value)
 
 
 def test_weights_are_loaded_in_the_compute_dtype_and_frozen(tiny_model):

@@ -64,13 +64,13 @@ class StableDiffusion:
         configs = {part: dict(config) for part, config in family.configs.items()}
         vae_dtype = vae_dtype or dtype
         folders, names = {}, {}
-        with ExitStack() as files, weights.threads() as pool:
+        with ExitStack() as files, weights.reading() as readers:
             if found.layout == "diffusers":
                 for part in family.parts:
                     configs[part] = _component_config(path / part)
                     if part != "vae" or not vae:
                         kind = vae_dtype if part == "vae" else dtype
-                        folders[part] = weights.read_folder(path / part, kind, device, pool, files)
+                        folders[part] = weights.read_folder(path / part, kind, device, readers, files)
                 scheduler = path / "scheduler" / "scheduler_config.json"
                 if scheduler.exists():
                     configs["scheduler"] |= _known(json.loads(scheduler.read_text()), configs["scheduler"])
@@ -80,7 +80,7 @@ class StableDiffusion:
                 for part, table in layout.tables(family, configs, file.header.tensors).items():
                     if part != "vae" or not vae:
                         kind = vae_dtype if part == "vae" else dtype
-                        names[part] = weights.read(table, file, kind, device, path, pool)
+                        names[part] = weights.read(table, file, kind, device, path, readers)
             modules = empty(family, configs)  # imports the libraries, while the threads read
             for part, coming in folders.items():
                 weights.give_from_folder(modules[part], coming, path / part)
@@ -222,8 +222,8 @@ def load_vae(path: Path, config: dict[str, Any], dtype: torch.dtype, device: tor
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         vae = weights.build(lambda: AutoencoderKL(**_component_config(folder)))
-        with ExitStack() as files, weights.threads() as pool:
-            weights.give_from_folder(vae, weights.read_folder(folder, dtype, device, pool, files), folder)
+        with ExitStack() as files, weights.reading() as readers:
+            weights.give_from_folder(vae, weights.read_folder(folder, dtype, device, readers, files), folder)
         return vae  # type: ignore[return-value]
     vae = weights.build(lambda: AutoencoderKL(**config))
     with weights.opened(path) as file:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ THREADS = 2
 
 Coming = Iterator[tuple[str, dict[str, torch.Tensor]]]
 """Tensors that are being read: the file's name of one, and what becomes of it by the module's names."""
+ComingFromFolder = Iterator[tuple[str, torch.Tensor | ModelError]]
+"""The same by the module's own names, or why one cannot be had."""
 
 
 class _Buffer(threading.local):
@@ -55,9 +58,9 @@ class _Buffer(threading.local):
 class Safetensors:
     """A .safetensors file that is read, not mapped: pages of a mapped file count as this process's memory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, buffer: _Buffer | None = None) -> None:
         self.header = header(path)
-        self._path, self._file, self._buffer = path, path.open("rb"), _Buffer()
+        self._path, self._file, self._buffer = path, path.open("rb"), buffer or _Buffer()
         self._alone = threading.Lock()
 
     def get_tensor(self, name: str) -> torch.Tensor:
@@ -81,8 +84,8 @@ class Safetensors:
 class Pickled:
     """A PyTorch checkpoint, read storage by storage."""
 
-    def __init__(self, path: Path) -> None:
-        self._file, self._path, self._buffer = pickled.Checkpoint(path), path, _Buffer()
+    def __init__(self, path: Path, buffer: _Buffer | None = None) -> None:
+        self._file, self._path, self._buffer = pickled.Checkpoint(path), path, buffer or _Buffer()
         self.header = self._file.header
 
     def get_tensor(self, name: str) -> torch.Tensor:
@@ -100,9 +103,14 @@ class Pickled:
         self._file.close()
 
 
-def opened(path: Path) -> closing[Safetensors] | closing[Pickled]:
-    """A file of tensors, open inside a with block. Only one called .ckpt or .pt is read as PyTorch's checkpoint."""
-    return closing(Pickled(path)) if path.suffix.lower() in pickled.ENDINGS else closing(Safetensors(path))
+def opened(path: Path, buffer: _Buffer | None = None) -> closing[Safetensors] | closing[Pickled]:
+    """A file of tensors, open inside a with block. Only one called .ckpt or .pt is read as PyTorch's checkpoint.
+
+    `buffer`: one that several files share.
+    """
+    if path.suffix.lower() in pickled.ENDINGS:
+        return closing(Pickled(path, buffer))
+    return closing(Safetensors(path, buffer))
 
 
 def dtype_of(path: Path, name: str, code: str) -> torch.dtype:
@@ -121,14 +129,22 @@ def build(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         return make()
 
 
+@dataclass(frozen=True)
+class Readers:
+    """Threads that read weights."""
+
+    pool: Executor = field(default_factory=lambda: ThreadPoolExecutor(THREADS))
+    buffer: _Buffer = field(default_factory=_Buffer)
+
+
 @contextmanager
-def threads() -> Iterator[Executor]:
+def reading() -> Iterator[Readers]:
     """Threads that read weights; what they have not begun when something goes wrong is left."""
-    pool = ThreadPoolExecutor(THREADS)
+    readers = Readers()
     try:
-        yield pool
+        yield readers
     finally:
-        pool.shutdown(cancel_futures=True)
+        readers.pool.shutdown(cancel_futures=True)
 
 
 def read(
@@ -137,7 +153,7 @@ def read(
     dtype: torch.dtype,
     device: torch.device,
     path: Path,
-    pool: Executor,
+    readers: Readers,
 ) -> Coming:
     """Begin to read a module's weights from an open file, to stay on `device`; `give` takes them.
 
@@ -154,7 +170,7 @@ def read(
         found = layout.taken(theirs, file.look(theirs), names[theirs])
         return {name: _kept(tensor, dtype, device) for name, tensor in found}
 
-    return zip(names, pool.map(kept, names), strict=True)
+    return zip(names, readers.pool.map(kept, names), strict=True)
 
 
 def give(module: torch.nn.Module, coming: Coming, path: Path) -> None:
@@ -167,14 +183,17 @@ def give(module: torch.nn.Module, coming: Coming, path: Path) -> None:
     state = {}
     for theirs, found in coming:
         for name, tensor in found.items():
-            shape = wanted[name].shape
-            if tensor.numel() != shape.numel():
-                raise ModelError(
-                    f'"{shown(path)}": {theirs} has the shape {list(tensor.shape)}, the model needs {list(shape)}.',
-                    "The file is of another model family than its names say; choose another base model.",
-                )
-            state[name] = tensor.reshape(shape)
+            state[name] = _fitting(tensor, wanted[name].shape, theirs, path)
     module.load_state_dict(state, strict=False, assign=True)
+
+
+def _fitting(tensor: torch.Tensor, shape: torch.Size, theirs: str, path: Path) -> torch.Tensor:
+    if tensor.numel() != shape.numel():
+        raise ModelError(
+            f'"{shown(path)}": {theirs} has the shape {list(tensor.shape)}, the model needs {list(shape)}.',
+            "The file is of another model family than its names say; choose another base model.",
+        )
+    return tensor.reshape(shape)
 
 
 def fill(
@@ -186,8 +205,8 @@ def fill(
     path: Path,
 ) -> None:
     """Read an empty module's weights from an open file and give it them."""
-    with threads() as pool:
-        give(module, read(names, file, dtype, device, path, pool), path)
+    with reading() as readers:
+        give(module, read(names, file, dtype, device, path, readers), path)
 
 
 def _kept(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -197,30 +216,35 @@ def _kept(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> tor
 
 
 def read_folder(
-    folder: Path, dtype: torch.dtype, device: torch.device, pool: Executor, files: ExitStack
-) -> list[Coming]:
+    folder: Path, dtype: torch.dtype, device: torch.device, readers: Readers, files: ExitStack
+) -> list[ComingFromFolder]:
     """Begin to read all weights of a diffusers component folder, sharded or not; the shards are closed with `files`."""
 
-    def read_shard(file: Safetensors | Pickled) -> Coming:
-        def kept(name: str) -> dict[str, torch.Tensor]:
-            return {name: _kept(file.look(name), dtype, device)}
+    def read_shard(file: Safetensors | Pickled) -> ComingFromFolder:
+        def kept(name: str) -> torch.Tensor | ModelError:
+            try:
+                return _kept(file.look(name), dtype, device)
+            except ModelError as error:  # which matters only where the module has such a weight
+                return error
 
         names = list(file.header.tensors)
-        return zip(names, pool.map(kept, names), strict=True)
+        return zip(names, readers.pool.map(kept, names), strict=True)
 
-    return [read_shard(files.enter_context(opened(shard))) for shard in weight_files(folder)]
+    return [read_shard(files.enter_context(opened(shard, readers.buffer))) for shard in weight_files(folder)]
 
 
-def give_from_folder(module: torch.nn.Module, coming: Iterable[Coming], folder: Path) -> None:
-    """Give an empty module its weights from its folder. Raises ModelError naming what is missing."""
+def give_from_folder(module: torch.nn.Module, coming: Iterable[ComingFromFolder], folder: Path) -> None:
+    """Give an empty module its weights from its folder. Raises ModelError naming what is missing or misshapen."""
     wanted = dict(module.named_parameters())
     state = {}
     for shard in coming:
-        for _, found in shard:
-            for name, tensor in found.items():
-                ours = name if name in wanted else name.removeprefix("text_model.")
-                if ours in wanted:
-                    state[ours] = tensor
+        for name, tensor in shard:
+            ours = name if name in wanted else name.removeprefix("text_model.")
+            if ours not in wanted:
+                continue
+            if isinstance(tensor, ModelError):
+                raise tensor
+            state[ours] = _fitting(tensor, wanted[ours].shape, name, folder)
     missing = sorted(set(wanted) - set(state))
     if missing:
         raise ModelError(
