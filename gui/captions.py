@@ -22,6 +22,17 @@ from trainer.errors import DataError, LorawrightError
 from trainer.paths import DEMO, resolve, shown
 
 LONGEST = 10_000
+DONE = {
+    "write": "what was typed",
+    "replace": "text replaced",
+    "add": "tags added",
+    "remove": "tags removed",
+    "prefix": "text put before",
+    "suffix": "text put behind",
+    "name": "captions from file names",
+    "folder": "captions from folder names",
+}
+"""What each order has done, as Undo names it."""
 MOST_EXAMPLES = 5
 
 
@@ -48,7 +59,7 @@ class Captions:
         with self._lock:
             edits = self._edits(values, order)
             if order.get("sure") is True and edits:
-                write_down(new_record(self.backups), str(order["how"]), edits)
+                write_down(new_record(self.backups), DONE[str(order["how"])], edits)
                 for edit in edits:
                     edit.write()
         examples = [[e.file.name, first_line(e.before or ""), first_line(e.after)] for e in edits[:MOST_EXAMPLES]]

@@ -136,11 +136,16 @@ class Bar {
   }
 
   async save() {
+    const id = this.preset.value;
     const input = make("input", { class: "lw-input", value: this.preset.value.split("/")[1] || this.form.entries.output_name || "", maxLength: 80, required: true, "aria-label": t`Name of the preset` });
-    const content = make("label", { class: "lw-stack" }, t`Name`, input);
+    const about = make("input", { class: "lw-input", value: id.startsWith("own/") ? this.form.kept.description || "" : "", maxLength: 300, "aria-label": t`Description of the preset` });
+    const content = make("div", { class: "lw-stack" }, make("label", { class: "lw-stack" }, t`Name`, input),
+      make("label", { class: "lw-stack" }, t`Description, told when it is loaded`, about));
     setTimeout(() => input.select());
     if ((await ask(t`Save preset`, content, [["", t`Cancel`], ["save", t`Save`, "lw-primary"]])) !== "save") return;
-    const order = { name: input.value, entries: await this.form.read(), kept: this.form.kept };
+    const { description, ...kept } = this.form.kept;
+    if (about.value.trim()) kept.description = about.value.trim();
+    const order = { name: input.value, entries: await this.form.read(), kept };
     let answer = await this.server.save(order);
     if (answer.exists) {
       const text = make("p", {}, t`“${order.name}” exists among your presets.`);
@@ -148,6 +153,7 @@ class Bar {
       answer = await this.server.save({ ...order, replace: true });
     }
     if (answer.problems) return this.banner.show("error", t`The preset was not saved.`, answer.problems);
+    this.form.kept = kept;
     this.offer(answer);
     this.choose(answer.id);
     this.banner.show("good", t`Saved as ${answer.path}`);

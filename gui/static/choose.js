@@ -12,6 +12,7 @@ class Chooser {
     const files = make("div", { class: "lw-row lw-checks" }, ...answer.files.map(({ name, step, epoch }, i) => make("label", {},
       make("input", { type: "checkbox", name, checked: last ? last.rows.includes(name) : i >= answer.files.length - MOST_CHOSEN, onchange: () => this.count() }),
       name, make("span", { class: "lw-facts" }, t`step ${step} · epoch ${epoch}`))));
+    this.told = make("span", { class: "lw-facts" });
     this.at = make("input", { id: "lw-choose-at", class: "lw-input", value: last ? last.at.join(", ") : "0, 0.5, 0.75, 1", autocomplete: "off", oninput: () => this.count() });
     this.prompts = make("textarea", { id: "lw-choose-prompts", class: "lw-input", rows: 3, value: last ? last.lines : answer.prompts, spellcheck: false,
       placeholder: t`a cat on a roof, evening --d 1`, oninput: () => this.count() });
@@ -29,7 +30,7 @@ class Chooser {
       make("form", { onsubmit: (event) => { event.preventDefault(); this.bar.order(() => this.draw()); } },
         make("fieldset", {}, make("legend", {}, t`Files`), files),
         make("div", { class: "lw-pairs" },
-          make("label", { class: "lw-stack", htmlFor: "lw-choose-at" }, t`Strengths`, this.at, make("span", { class: "lw-facts" }, t`1 is as trained, 0 the base model alone.`)),
+          make("label", { class: "lw-stack", htmlFor: "lw-choose-at" }, t`Strengths`, this.at, this.told),
           make("label", { class: "lw-stack", htmlFor: "lw-choose-prompts" }, t`Prompts, one a line`, this.prompts)),
         make("div", { class: "lw-row" }, this.start, this.stop, this.phase), this.progress, this.wrong, this.notes),
       this.grid));
@@ -46,12 +47,15 @@ class Chooser {
   get names() { return [...byId("lw-choose").querySelectorAll("[type=checkbox]:checked")].map((box) => box.name); }
 
   count() {
-    const files = this.names.length, strengths = new Set(this.at.value.split(/[\s,]+/).filter(Boolean).map(Number)).size;
+    const at = this.at.value.split(/[\s,]+/).filter(Boolean).map(Number), wrong = at.some(Number.isNaN);
+    const files = this.names.length, strengths = new Set(at).size;
     const prompts = this.prompts.value.split("\n").filter((line) => line.trim() && !line.trim().startsWith("#")).length;
     const total = files * strengths * prompts;
     this.start.textContent = total ? t`Draw ${counted(total, "picture")}` : t`Draw`;
     this.start.title = t`${files} × ${strengths} × ${prompts}: files, strengths, prompts`;
-    this.start.disabled = !total || this.running;
+    this.start.disabled = !total || wrong || this.running;
+    this.told.className = wrong ? "lw-wrong" : "lw-facts";
+    this.told.textContent = wrong ? t`Numbers, as in 0, 0.5, 1.` : t`1 is as trained, 0 the base model alone.`;
   }
 
   async draw() {

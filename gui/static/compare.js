@@ -112,7 +112,7 @@ class Compare {
     const loss = ({ outcome }, name) => make("td", { class: "lw-number" }, outcome[name] ? make(outcome[name][1] === lowest[name] ? "b" : "span", {}, outcome[name][1].toPrecision(3)) : "–",
       outcome[name] ? make("div", { class: "lw-facts" }, t`step ${outcome[name][0]}`) : "");
     const sample = (run) => run.samples[run.samples.length - 1];
-    return this.table(t`Results`, [t`Run`, ...columns.map((p) => p.label), t`Last loss`, t`Lowest loss`, t`Time`, t`File`, t`Last sample`],
+    return this.table(t`Results`, [t`Run`, ...columns.map((p) => p.label), t`Last loss`, t`Lowest loss`, t`Time with loading`, t`File`, t`Last sample`],
       this.runs.map((run, i) => make("tr", {}, make("th", { scope: "row" }, this.swatch(i), this.called(run)),
         ...columns.map((p) => make("td", {}, this.spoken(run, p))), loss(run, "last"), loss(run, "lowest"),
         make("td", { class: "lw-number" }, run.outcome.seconds ? duration(run.outcome.seconds) : "–"),

@@ -39,6 +39,7 @@ class DatasetTab {
 
   async ask() {
     const entries = this.form.entries, sought = this.sought;
+    this.again = false;
     try {
       const answer = await this.server.dataset({ entries, ...sought });
       this.shown = entries;
@@ -57,6 +58,7 @@ class DatasetTab {
       await new Promise((resolve) => { setTimeout(resolve, 3000); });
     } finally {
       this.timer = undefined;
+      if (this.again) this.later();
     }
   }
 
@@ -184,7 +186,11 @@ class DatasetTab {
     if (refused) this.banner.show("error", t`The caption was not kept. What you typed stands below the picture still.`, [{ severity: "error", message: refused }]);
     else if (this.unkept) this.banner.clear();
     this.unkept = Boolean(refused);
-    if (!refused) this.later();
+    if (refused) return;
+    image.caption = box.value;
+    box.classList.toggle("lw-borrowed", !box.value);
+    box.title = "";
+    this.changed();
   }
 
   // A page that is left does not wait until the caption is.
@@ -207,7 +213,7 @@ class DatasetTab {
     }
     if (answer.refused) this.banner.show("error", t`No caption was changed.`, [{ severity: "error", message: answer.refused }]);
     else this.banner.show("good", answer.count ? t`${counted(answer.count, "caption")} changed.` : t`There is no caption to change so.`);
-    this.later();
+    this.changed();
   }
 
   async undo() {
@@ -215,6 +221,13 @@ class DatasetTab {
     if (refused) this.banner.show("error", t`Nothing was taken back.`, [{ severity: "error", message: refused }]);
     else this.banner.show(left.length ? "warning" : "good", t`${counted(count, "caption")} as before.`,
       left.length ? [{ severity: "warning", message: t`Changed since by someone else, and left alone: ${left.join(", ")}` }] : []);
+    this.changed();
+  }
+
+  // Captions changed, perhaps while it was being asked for them.
+  changed() {
+    document.dispatchEvent(new Event("lw-captions"));
+    this.again = true;
     this.later();
   }
 

@@ -3,7 +3,8 @@
 class DrawsPart {
   constructor(form, server) {
     Object.assign(this, { form, server, following: 0 });
-    form.whenChanged.push(() => this.outdate());
+    form.whenChanged.push(() => JSON.stringify(form.entries) !== this.of && this.outdate(t`The form has changed since these were drawn. Draw again to see what it makes of the images now.`));
+    document.addEventListener("lw-captions", () => this.outdate(t`Captions have changed since these were drawn. Draw again to see what becomes of them now.`));
     document.addEventListener("click", (event) => {
       if (event.target.id === "lw-draws-first") this.draw(0);
       if (event.target.id === "lw-draws-next") this.draw(this.following);
@@ -42,12 +43,12 @@ class DrawsPart {
     list.replaceChildren(...answer.draws.map((draw) => this.card(draw)));
   }
 
-  // What was drawn is of other settings than the form shows now.
-  outdate() {
+  // What was drawn is no longer what a training would see.
+  outdate(reason) {
     const list = byId("lw-draws");
-    if (!list?.children.length || list.classList.contains("lw-outdated") || JSON.stringify(this.form.entries) === this.of) return;
+    if (!list?.children.length || list.classList.contains("lw-outdated")) return;
     list.classList.add("lw-outdated");
-    byId("lw-draws-told").textContent = t`The form has changed since these were drawn. Draw again to see what it makes of the images now.`;
+    byId("lw-draws-told").textContent = reason;
   }
 
   card(draw) {

@@ -130,7 +130,7 @@ class RunList {
     if (sure === "") return;
     const { refused } = sure ? await this.server.delete({ run: run.id, sure: true }) : found;
     if (refused) this.bar.banner.show("error", t`The run is not deleted.`, [{ severity: "error", message: refused }]);
-    else this.leave(run.id);
+    else { this.leave(run.id); this.bar.banner.show("good", t`Deleted ${run.id}.`); }
     await this.again();
   }
 

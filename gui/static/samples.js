@@ -48,7 +48,7 @@ class Samples {
       const now = this.pictures.get(at).get(index);
       const drawing = at === steps.at(-1) && ["running", "stopping"].includes(byId("lw-pill").dataset.state);
       return make("figure", { class: "lw-sample" },
-        make("div", { class: "lw-pair" }, before ? this.picture(before, without ? t`without LoRA` : t`before`) : null,
+        make("div", { class: "lw-pair" }, before ? this.picture(before, without ? t`no LoRA` : t`before`) : null,
           now ? this.picture(now, at === 0 ? t`before` : t`step ${at}`) : make("div", { class: "lw-none" }, drawing ? t`not drawn yet` : t`not drawn at this step`)),
         make("figcaption", { title: this.prompts.get(index) }, this.prompts.get(index)));
     }));

@@ -44,9 +44,9 @@ def test_captions_are_edited_one_by_one_and_all_at_once_and_taken_back(page, cat
     page.wait_for_function(
         "() => document.querySelector('[aria-label=\"Caption of 10_cat/1.png\"]').value === 'zwx cat, window'"
     )
-    page.get_by_role("button", name="Undo: replace in 3 caption files").click()
+    page.get_by_role("button", name="Undo: text replaced in 3 caption files").click()
     eventually(lambda: texts(cats) == ["cat, red fur", "cat, window", "cat, grey wall"])
-    page.get_by_role("button", name="Undo: write in 1 caption file").click()
+    page.get_by_role("button", name="Undo: what was typed in 1 caption file").click()
     eventually(lambda: texts(cats)[0] == "cat, grey fur")
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -48,6 +48,11 @@ def test_a_zip_becomes_a_data_set_whose_captions_are_written_and_seen_as_the_tra
     assert "blue cat" in seen and "18 tokens cut" in seen and "step 1" in seen and "step 8" in seen
     page.get_by_role("button", name="Other draws").click()
     page.wait_for_selector("#lw-draws >> text=step 9 ", timeout=60000)
+    page.get_by_label("Caption of 10_cat/blue_cat-01.png").fill("red cat")
+    page.get_by_label("Caption of 10_cat/blue_cat-01.png").press("Enter")
+    page.wait_for_selector("#lw-draws-told >> text=Captions have changed since these were drawn")
+    page.get_by_role("button", name="Draw for the first steps").click()
+    page.wait_for_selector("#lw-draws >> text=red cat", timeout=60000)
     open_tab(page, "Folders")
     set_text(page, "train_data_dir", "embedded:images")
     open_tab(page, "Dataset")

@@ -296,6 +296,7 @@ def test_saving_asks_before_it_replaces_and_the_preset_comes_back_until_it_is_de
         set_text(page, "training_comment", comment)
         page.get_by_role("button", name="Save preset").click()
         page.get_by_label("Name of the preset").fill("Mine (ü)")
+        page.get_by_label("Description of the preset").fill("For cats.")
         page.keyboard.press("Enter")
         if replaces:
             page.get_by_role("button", name="Replace").click()
@@ -305,6 +306,7 @@ def test_saving_asks_before_it_replaces_and_the_preset_comes_back_until_it_is_de
     page.wait_for_selector("#lw-changed >> text=all default")
     assert shown(page, "training_comment") == ""
     load(page, "Mine (ü)")
+    assert "For cats." in page.inner_text("#lw-banner")
     assert shown(page, "training_comment") == "second"
     assert page.evaluate("document.getElementById('lw-preset').selectedOptions[0].textContent") == "Mine (ü)"
     page.get_by_role("button", name="Delete the preset").click()

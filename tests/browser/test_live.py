@@ -284,7 +284,7 @@ def test_what_a_picture_shows_is_a_line_at_its_edge(server, page):
     EventLog(Run(folder).events).emit(Sample("samples/000008_0.png", "a cat", 0, 7, 8, 0.0))
     page.reload()
     wait_ready(page)
-    badge = page.get_by_title("without LoRA")
+    badge = page.get_by_title("no LoRA")
     badge.wait_for()
     for width in (1440, 390):
         page.set_viewport_size({"width": width, "height": 900})

@@ -121,6 +121,7 @@ def test_a_run_is_repeated_its_files_fetched_and_then_deleted_with_care(server, 
     row(page, run).get_by_role("button", name="Delete").click()
     page.locator("dialog").get_by_role("button", name="Delete", exact=True).click()
     page.locator("#lw-choose section").wait_for(state="detached")
+    page.wait_for_selector(f"#lw-banner >> text=Deleted {run.name}.")
     eventually(lambda: [path.name for path in run.iterdir()] == ["notes.txt"])
 
 
@@ -279,6 +280,11 @@ def test_a_grid_is_shown_as_it_is_drawn_and_a_file_chosen_from_it(server, page):
     assert page.inner_text("#lw-choose .lw-note") == "It is slow."
     assert page.locator("#lw-choose [role=alert]").text_content() == "", "a warning is no failure"
     assert page.get_by_label("Prompts, one a line").input_value() == "a cat --d 7"
+    page.get_by_label("Strengths").fill("0, one")
+    assert (
+        page.get_by_text("Numbers, as in 0, 0.5, 1.").is_visible()
+        and page.locator("#lw-choose button:has-text('Draw')").is_disabled()
+    )
     page.get_by_label("Strengths").fill("0, 1 1.0")
     assert page.get_by_role("button", name="Draw 2 pictures").is_enabled()
     grid.locator(".lw-picture").click()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gui.captions import Captions, RefusedError, words_of
+from gui.captions import DONE, Captions, RefusedError, words_of
 from gui.files import Roots
 
 
@@ -71,7 +71,7 @@ def test_all_captions_change_at_once_and_come_back_byte_for_byte(captions, value
     assert contents(folder) == before and captions.undoable() == ""  # only told, until it is sure
     assert captions.edit(values, {**order, "sure": True}) == told
     assert texts(folder) == {name: text for name, text in expected.items() if text is not None}
-    assert captions.undoable().startswith(order["how"])
+    assert captions.undoable().startswith(DONE[order["how"]] + " in ")
     assert captions.undo() == {"count": told["count"], "left": []}
     assert contents(folder) == before and captions.undoable() == ""
 

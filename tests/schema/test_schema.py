@@ -99,14 +99,14 @@ def test_a_plain_lora_imports_no_library_of_other_types_or_optimizers():
 @pytest.mark.parametrize("before", ["", "import diffusers.optimization; "])
 def test_a_start_imports_the_models_that_are_trained_and_later_all_others_are_to_be_had(before):
     code = before + (
-        "import trainer.loop, trainer.models.sd as sd, sys\n"
+        "import trainer.loop, trainer.models.sd, trainer.models.lean_imports as lean, sys\n"
         "others = {'bitsandbytes', 'torch._inductor.compile_fx', 'diffusers.models.transformers.transformer_flux'}\n"
         "print(sorted(others & set(sys.modules)))\n"
         "from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel\n"
         "from transformers import BlipConfig, CLIPTextModel\n"
         "import bitsandbytes\n"
-        "print(AutoencoderKL is sd.AutoencoderKL, UNet2DConditionModel is sd.UNet2DConditionModel,"
-        " CLIPTextModel is sd.CLIPTextModel)"
+        "print(AutoencoderKL is lean.AutoencoderKL, UNet2DConditionModel is lean.UNet2DConditionModel,"
+        " CLIPTextModel is lean.CLIPTextModel)"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert ran.stdout.splitlines() == ["[]", "True True True"]
