@@ -23,6 +23,12 @@ from trainer.run import EXIT_CONFIG, EXIT_DONE
 from trainer.schema import PARAMETERS, older
 
 
+@pytest.fixture
+def settings(settings):
+    """With steps that leave every photograph its pixels."""
+    return settings | {"bucket_reso_steps": 16}
+
+
 def check(values):
     return problems(kohya.read(values))
 
@@ -61,14 +67,14 @@ def test_a_good_preset_is_ready_and_its_length_is_known(settings):
     )
     assert (summary.batches_per_epoch, summary.epochs, summary.total_steps) == (6, 1, 6)
     assert sum(count for *_, count in summary.buckets) == 6
-    assert summary.buckets == ((32, 32, 2), (64, 32, 2), (64, 64, 2))
+    assert summary.buckets == ((64, 48, 4), (64, 64, 2))
 
 
 @pytest.mark.parametrize(
     ("change", "steps", "epochs"),
     [
         ({"epoch": 3}, 18, 3),
-        ({"epoch": 3, "train_batch_size": 4}, 9, 3),
+        ({"epoch": 3, "train_batch_size": 4}, 6, 3),
         ({"epoch": 3, "gradient_accumulation_steps": 4}, 5, 3),
         ({"epoch": 3, "max_train_epochs": 2}, 12, 2),
         ({"max_train_steps": "10"}, 10, 2),
@@ -177,7 +183,7 @@ def test_warnings_alone_are_ready(settings, tmp_path, capsys):
     assert [(p["key"], p["severity"]) for p in answer["problems"]] == [("network_alpha", "warning")]
     assert [(n["key"], n["what"]) for n in answer["notes"]] == [("something_else", "unknown")]
     assert answer["summary"]["total_steps"] == 6
-    assert answer["summary"]["buckets"] == [[32, 32, 2], [64, 32, 2], [64, 64, 2]]
+    assert answer["summary"]["buckets"] == [[64, 48, 4], [64, 64, 2]]
 
 
 def test_every_problem_is_told_at_once(settings, tmp_path):
@@ -291,17 +297,38 @@ def test_a_file_that_is_in_the_way_is_told(settings, tmp_path):
 
 
 def test_images_narrower_than_a_bucket_step_are_named_with_the_ways_out(settings, tmp_path):
+    narrow = settings | {"bucket_reso_steps": 32}
     for number in range(7):
         photograph(tmp_path / "images" / "1_x", f"{number}.png", (20, 200))
     photograph(tmp_path / "images" / "1_x", "fine.png")
-    problem = one(settings | {"train_data_dir": str(tmp_path / "images")})
+    problem = one(narrow | {"train_data_dir": str(tmp_path / "images")})
     assert "(bucket_no_upscale): 7 image(s) are too small or narrow" in problem
     assert f'"{tmp_path / "images" / "1_x" / "0.png"}": 20×200' in problem
     assert "and 2 more" in problem
     assert (
-        told(settings | {"train_data_dir": str(tmp_path / "images"), "bucket_no_upscale": False, "min_bucket_reso": 64})
+        told(narrow | {"train_data_dir": str(tmp_path / "images"), "bucket_no_upscale": False, "min_bucket_reso": 64})
         == []
     )
+
+
+@pytest.mark.parametrize(("steps", "finer"), [(64, 32), (32, None)])
+def test_steps_that_leave_images_less_than_half_their_pixels_are_told_with_those_that_do_not(
+    settings, tmp_path, steps, finer
+):
+    for number, size in enumerate([(600, 400), (600, 400), (128, 128)]):
+        photograph(tmp_path / "images" / "1_x", f"{number}.png", size)
+    found = told(
+        settings
+        | {"train_data_dir": str(tmp_path / "images"), "max_resolution": "128,128", "bucket_reso_steps": steps},
+        "warning",
+    )
+    coarse = [problem for problem in found if "bucket_reso_steps" in problem]
+    if finer is None:
+        assert not coarse
+    else:
+        (problem,) = coarse
+        assert "2 of 3 images" in problem and "600×400 as 64×64" in problem
+        assert f"multiples of {steps}. Use {finer}." in problem
 
 
 @pytest.mark.parametrize(

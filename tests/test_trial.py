@@ -18,6 +18,12 @@ from trainer.schema import parse
 
 
 @pytest.fixture
+def settings(settings):
+    """With steps that leave every photograph its pixels."""
+    return settings | {"bucket_reso_steps": 16}
+
+
+@pytest.fixture
 def tried(settings, tmp_path, capsys):
     """`check --trial --json` with some settings changed: (exit code, its answer)."""
 

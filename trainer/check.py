@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from trainer.prompts import parse as parse_prompts
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED
 from trainer.schema import PARAMETERS, Config, problem_with, read
 from trainer.schema.algorithms import MATRICES, TYPES, USES
+from trainer.schema.data import Data
 from trainer.schema.optim import WARMING, is_number, steps_of
 from trainer.schema.rules import conflicts, text_encoder_rate, unet_rate
 
@@ -355,13 +356,41 @@ def _places(config: Config, pictures: tuple[Picture, ...]) -> tuple[list[Size] |
             refused[size] = error
     small = [picture for picture in pictures if picture.size in refused]
     if not small:
-        return [places[picture.size] for picture in pictures], []
+        return [places[picture.size] for picture in pictures], list(_coarse(data, places, pictures))
     names = "; ".join(f'"{shown(p.path)}": {refused[p.size].message.rstrip(".")}' for p in small[:5])
     more = f"; and {len(small) - 5} more" if len(small) > 5 else ""
     hint = refused[small[0].size].hint
     return None, [
         problem_with("bucket_no_upscale", f"{len(small)} image(s) are too small or narrow: {names}{more}. {hint}")
     ]
+
+
+def _coarse(data: Data, places: Mapping[Size, Size], pictures: Sequence[Picture]) -> Iterator[Problem]:
+    """Whether steps that are large beside the resolution leave images with less than half of their pixels."""
+    if not data.buckets:
+        return
+    lost = [picture for picture in pictures if _shrunk(data, picture.size, places[picture.size])]
+    if not lost:
+        return
+    sizes = {picture.size for picture in lost}
+    for finer in (step for step in (32, 16, 8) if step <= data.bucket_step):
+        buckets = Buckets(data.model_copy(update={"bucket_step": finer}))
+        if not any(_shrunk(data, size, buckets.place(size).bucket) for size in sizes):
+            break
+    else:
+        return  # the shapes are beyond the range of buckets, whatever the steps
+    (width, height), (wide, high) = lost[0].size, places[lost[0].size]
+    yield problem_with(
+        "bucket_reso_steps",
+        f"{len(lost)} of {len(pictures)} images are trained with less than half of the pixels that Max resolution "
+        f"allows, for instance {width}×{height} as {wide}×{high}: the sides of buckets are multiples of "
+        f"{data.bucket_step}. Use {finer}.",
+        "warning",
+    )
+
+
+def _shrunk(data: Data, size: Size, bucket: Size) -> bool:
+    return 2 * math.prod(bucket) < min(math.prod(size), math.prod(data.resolution))
 
 
 def _output(config: Config) -> Iterator[Problem]:
