@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +58,7 @@ class Desk:
     roots: Roots
     allow: Callable[[Path], None]
     pages: dict[str, float] = field(default_factory=dict)
-    """The pages that show the form, and when each asked last for what is new."""
+    """The pages that show the form, and when each asked last for what is new; −∞: it was closed."""
 
     @property
     def draft(self) -> Path:
@@ -300,8 +301,9 @@ class Desk:
         """What is new of a run. `others`: whether another page shows the form, too."""
         answer = live.poll(self.runs, ask)
         now, page = time.monotonic(), ask.get("page", "")
-        self.pages = {other: at for other, at in self.pages.items() if now - at < GONE_S} | {page: now}
-        answer["others"] = len(self.pages) > 1
+        if self.pages.get(page) != -math.inf:  # a closed page's last question may come behind its leave
+            self.pages[page] = now
+        answer["others"] = any(other != page and now - at < GONE_S for other, at in self.pages.copy().items())
         for folder in {Path(sample["path"]).parent for sample in answer.get("samples", ())}:
             self.allow(folder)
         if answer.get("state") in ALIVE:
@@ -310,7 +312,7 @@ class Desk:
 
     def left(self, ask: Ask) -> Answer:
         """A page was closed."""
-        self.pages.pop(ask["page"], None)
+        self.pages[ask["page"]] = -math.inf
         return {}
 
     def control(self, ask: Ask) -> Answer:

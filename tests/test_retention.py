@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests.test_training import of_type
+from tests.test_training import of_type, warnings
 from trainer import loop, saving
 from trainer.retention import Due, Retention
 from trainer.schema.model import Saving
@@ -213,5 +213,5 @@ def test_an_image_that_is_gone_after_it_was_encoded_is_missed_by_no_state(settin
     monkeypatch.setattr(loop, "take_step", take_away)
     folder = shutil.copytree(settings["train_data_dir"], tmp_path / "images of its own")
     code, events, _ = train(settings | {"train_data_dir": str(folder), "save_state": True, "cache_latents": True})
-    assert code == 0 and not of_type(events, "warning")
+    assert code == 0 and not warnings(events)
     assert any(event["what"] == "state" for event in of_type(events, "saved"))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.test_optim import CLOSED_FORMS
-from tests.test_training import of_type, prepared
+from tests.test_training import of_type, prepared, warnings
 from trainer import loop, optim, schema, state
 from trainer.errors import StateError
 from trainer.run import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Run
@@ -312,14 +312,14 @@ def test_training_longer_than_planned_is_told_and_goes_on(resume):
     code, events, _ = resume(max_train_steps=4)
     assert code == EXIT_DONE
     assert [e["step"] for e in of_type(events, "step")] == [3, 4]
-    (warning,) = of_type(events, "warning")
+    (warning,) = warnings(events)
     assert "Resuming at step 3 with other settings: Max train steps (max_train_steps) was 2, now 4." in str(warning)
 
 
 def test_another_learning_rate_applies_from_the_first_resumed_step_and_is_told(resume):
     _, events, _ = resume(learning_rate=1e-3, train_batch_size=2, seed=99)
     assert of_type(events, "step")[0]["unet_lr"] == pytest.approx(1e-3)
-    (warning,) = of_type(events, "warning")
+    (warning,) = warnings(events)
     for text in ("(learning_rate) was 0.01, now 0.001", "(train_batch_size)", "(seed) was", "6 batches, now 3"):
         assert text in warning["message"]
 

@@ -19,6 +19,11 @@ def of_type(events, name):
     return [event for event in events if event["type"] == name]
 
 
+def warnings(events):
+    """All but that one of the photographs is trained with a quarter of its pixels."""
+    return [event for event in of_type(events, "warning") if "(bucket_reso_steps)" not in event["message"]]
+
+
 @pytest.mark.proves(
     "pretrained_model_name_or_path",
     "train_data_dir",

@@ -110,10 +110,10 @@ def train(preset: kohya.Preset, folder: Path | None) -> int:
             log.info("additional parameters: %s", training.additional)
         for note in checked.notes:
             log.info("preset: %s", note)
-        for problem in checked.problems:
-            events.emit(Warned(str(problem)))
-            log.warning("%s", problem)
         try:
+            for problem in checked.problems:
+                events.emit(Warned(str(problem)))
+                log.warning("%s", problem)
             if checked.ended:
                 final = checked.ended.folder.with_name(f"{checked.config.saving.name}.safetensors")
                 events.emit(Ended("done", checked.ended.step, str(final) if final.exists() else "", 0.0))

@@ -80,6 +80,8 @@ def test_a_page_is_told_while_another_one_shows_the_form(desk, monkeypatch):
     assert others("two") and others("one") and others("one")
     desk.left({"page": "two"})
     assert not others("one")
+    others("two")  # asked before it was closed, answered behind that
+    assert not others("one")
     assert others("three")
     now = time.monotonic()
     monkeypatch.setattr("gui.desk.time.monotonic", lambda: now + 91)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from tests import reference
 from tests.lora.conftest import KOHYA, TEXT, pair, plain
+from tests.test_training import warnings
 from trainer import saving
 from trainer.checkpoint import hashes
 from trainer.lora.programs import PROGRAMS, layers_of
@@ -281,5 +282,5 @@ def test_memory_that_ends_while_a_file_is_read_back_is_told_and_the_training_is_
     monkeypatch.setattr(saving, "verify", full)
     code, events, _ = train(settings | {"max_train_steps": 1})
     assert code == EXIT_DONE and events[-1]["type"] == "ended"
-    warned = [e["message"] for e in events if e["type"] == "warning"]
+    warned = [e["message"] for e in warnings(events)]
     assert warned == ['"photo.safetensors" was not read back, because the memory is full.']
