@@ -339,11 +339,7 @@ def put_back(page) -> None:
 def wait_for_selector(page, selector: str, state: str = "visible", timeout: float = 15000) -> None:
     """As Playwright's own, which looks ever more seldom, up to twice a second."""
     found, pause_s = page.locator(selector).first, 0.0
-    there = {
-        "visible": found.is_visible,
-        "attached": lambda: page.locator(selector).count() > 0,
-        "detached": lambda: page.locator(selector).count() == 0,
-    }[state]
+    there = {"visible": found.is_visible, "attached": lambda: page.locator(selector).count() > 0}[state]
     until = time.monotonic() + timeout / 1000
     while not there():
         assert time.monotonic() < until, f"{selector} is not {state}"

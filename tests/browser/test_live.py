@@ -89,8 +89,6 @@ def test_a_run_from_start_to_download_through_reload_and_a_second_tab(server, vi
     assert "at step" in wait_state(page, "stopped")
     wait_state(second, "stopped")
     second.wait_for_function("!document.querySelector('#lw-banner').textContent")
-    second.goto("about:blank")
-    page.wait_for_selector("#lw-others:not([hidden])", state="detached")
     assert_the_file_is_marked_as_verified(page)
     with page.expect_download() as download:
         page.get_by_role("button", name="last.safetensors").click()

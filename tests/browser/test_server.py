@@ -128,6 +128,11 @@ def test_a_page_that_others_can_reach_asks_for_a_password_and_has_a_link_to_look
             page.get_by_role("alert").get_by_text(answer).wait_for()
     wait_ready(page)
 
+    twin = visit(guarded)
+    page.wait_for_selector("#lw-others >> text=open twice")
+    twin.goto("about:blank")
+    eventually(lambda: page.locator("#lw-others").is_hidden())
+
     onlooker = visit(guarded, guarded.link, width=390, alone=True)
     onlooker.wait_for_selector("#lw-pill >> text=no run yet")
     set_text(page, "training_comment", "steps=400")

@@ -102,7 +102,7 @@ def test_a_file_alone_with_its_base_model_is_drawn_as_it_says_of_itself(trained,
             pixels(p).astype(int) for p in (tmp_path / "grid" / name, run / "samples" / f"00000004_{prompt:02d}.png")
         )
         assert np.abs(drawn - sample).max() <= 2  # the file does not say how many threads added up its sums
-        assert np.abs(drawn - pixels(run / "samples" / f"00000000_{prompt:02d}.png")).max() > 10
+        assert np.abs(drawn - pixels(run / "samples" / f"00000000_{prompt:02d}.png")).max() > 4
     assert told[-1] == ("drawing", 2, 2)
 
 
