@@ -61,7 +61,7 @@ def test_a_crashed_run_goes_on_from_its_state_with_one_button(server, page):
     assert json.loads((again / "config.json").read_text())["resume"] == str(crashed / "output" / "last-state")
     eventually(lambda: drafted(server).get("training_comment") == "steps=8 state crash")
     assert not drafted(server).get("resume"), "the state goes when training has gone on from it"
-    wait_state(page, "starting", "running")
+    eventually((again / "exit").exists)
     wait_state(page, "done", "crashed")
     shutil.rmtree(crashed / "output" / "last-state")
     enter(page, words="something else")
