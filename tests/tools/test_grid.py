@@ -27,7 +27,8 @@ def pixels(path):
 def trained(settings, train):
     """A run of the tiny model that saved two files and drew both prompts before, between and at the end."""
     asked = {"sample_prompts": PROMPTS, "sample_every_n_steps": 2, "save_every_n_steps": 2, "max_train_steps": 4}
-    asked |= {"LoRA_type": "Kohya LoCon", "conv_dim": 2, "seed": ""}  # a random seed, which the file tells
+    asked |= {"LoRA_type": "Kohya LoCon", "conv_dim": 2, "learning_rate": 4e-2}  # every seed changes the pictures much
+    asked |= {"seed": ""}  # a random one, which the file tells
     code, _, folder = train(settings | asked)
     assert code == 0
     out = folder.parent / "out"
@@ -102,7 +103,7 @@ def test_a_file_alone_with_its_base_model_is_drawn_as_it_says_of_itself(trained,
             pixels(p).astype(int) for p in (tmp_path / "grid" / name, run / "samples" / f"00000004_{prompt:02d}.png")
         )
         assert np.abs(drawn - sample).max() <= 2  # the file does not say how many threads added up its sums
-        assert np.abs(drawn - pixels(run / "samples" / f"00000000_{prompt:02d}.png")).max() > 4
+        assert np.abs(drawn - pixels(run / "samples" / f"00000000_{prompt:02d}.png")).max() > 10
     assert told[-1] == ("drawing", 2, 2)
 
 
