@@ -136,9 +136,8 @@ class Bar {
   }
 
   async save() {
-    const id = this.preset.value;
     const input = make("input", { class: "lw-input", value: this.preset.value.split("/")[1] || this.form.entries.output_name || "", maxLength: 80, required: true, "aria-label": t`Name of the preset` });
-    const about = make("input", { class: "lw-input", value: id.startsWith("own/") ? this.form.kept.description || "" : "", maxLength: 300, "aria-label": t`Description of the preset` });
+    const about = make("input", { class: "lw-input", value: (this.source?.startsWith("own/") && this.form.kept.description) || "", maxLength: 300, "aria-label": t`Description of the preset` });
     const content = make("div", { class: "lw-stack" }, make("label", { class: "lw-stack" }, t`Name`, input),
       make("label", { class: "lw-stack" }, t`Description, told when it is loaded`, about));
     setTimeout(() => input.select());

@@ -3,7 +3,7 @@
 class DrawsPart {
   constructor(form, server) {
     Object.assign(this, { form, server, following: 0 });
-    form.whenChanged.push(() => JSON.stringify(form.entries) !== this.of && this.outdate(t`The form has changed since these were drawn. Draw again to see what it makes of the images now.`));
+    form.whenChanged.push(() => this.of && JSON.stringify(form.entries) !== this.of && this.outdate(t`The form has changed since these were drawn. Draw again to see what it makes of the images now.`));
     document.addEventListener("lw-captions", () => this.outdate(t`Captions have changed since these were drawn. Draw again to see what becomes of them now.`));
     document.addEventListener("click", (event) => {
       if (event.target.id === "lw-draws-first") this.draw(0);
