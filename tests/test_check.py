@@ -447,10 +447,11 @@ def test_no_preset_file_makes_it_stumble(values):
     problems(kohya.read(values))
 
 
-def test_it_answers_quickly_and_without_torch(settings, tmp_path):
+@pytest.mark.parametrize("command", ["check", "draws"])
+def test_it_answers_quickly_and_without_torch(command, settings, tmp_path):
     preset = tmp_path / "preset.json"
     preset.write_text(json.dumps(settings))
-    code = f"import sys; from trainer.__main__ import main; main(['check', {str(preset)!r}]); sys.exit('torch' in sys.modules)"
+    code = f"import sys; from trainer.__main__ import main; main([{command!r}, {str(preset)!r}]); sys.exit('torch' in sys.modules)"
     start = time.monotonic()
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert time.monotonic() - start < 10

@@ -19,7 +19,7 @@ from PIL import Image
 from trainer.check import settings
 from trainer.data import folders
 from trainer.data.buckets import Buckets, Size
-from trainer.data.feed import Feed
+from trainer.data.reads import Reads
 from trainer.errors import LorawrightError, Problem
 from trainer.kohya import Preset
 from trainer.length import Length
@@ -71,23 +71,23 @@ def draws(config: Config, first: int = 0) -> Draws:
     chosen = seed is not None
     if seed is None:
         seed = secrets.randbelow(2**32)
-    feed = Feed(dataset.pictures, [buckets.place(picture.size) for picture in dataset.pictures], config, seed)
-    length = Length.of(len(feed), config.training)
+    every = Reads(dataset.pictures, [buckets.place(picture.size) for picture in dataset.pictures], config, seed)
+    length = Length.of(len(every), config.training)
     number = first = min(max(first, 0), length.total_batches - 1)
     found: list[Draw] = []
     while len(found) < ENOUGH and number < length.total_batches:
-        found += _batch(feed, number, number // length.accumulation + 1)
+        found += _batch(every, number, number // length.accumulation + 1)
         number += 1
     return Draws(seed, chosen, first, number % length.total_batches, found[:MOST])
 
 
-def _batch(feed: Feed, number: int, step: int) -> Iterator[Draw]:
-    settings, prior = feed.config.captions, feed.config.training.prior_loss_weight
-    for read in feed.reads(number)[:MOST]:
-        picture = feed.pictures[read.item]
-        image = Image.fromarray(feed.image(read))
-        if feed.config.objective.masked:
-            image.putalpha(Image.fromarray((feed.mask(read).numpy() * 255).astype("uint8")).resize(image.size))
+def _batch(every: Reads, number: int, step: int) -> Iterator[Draw]:
+    settings, prior = every.config.captions, every.config.training.prior_loss_weight
+    for read in every.reads(number)[:MOST]:
+        picture = every.pictures[read.item]
+        image = Image.fromarray(every.image(read))
+        if every.config.objective.masked:
+            image.putalpha(Image.fromarray((every.mask(read) * 255).astype("uint8")).resize(image.size))
         tokens = [piece.text for piece in pieces(read.caption, weighted=settings.weighted)]
         yield Draw(
             step=step,

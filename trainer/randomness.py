@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import random
 
-import torch
-
 
 def seed_for(seed: int, *position: int | str) -> int:
     """A 63-bit seed for one place in a run. Equal arguments give equal seeds, others unrelated ones."""
@@ -25,4 +23,6 @@ def generator_at(seed: int, *position: int | str) -> random.Random:
 
 def set_torch_to(seed: int, *position: int | str) -> None:
     """Set torch's own generators, on every device, to one place in a run."""
+    import torch
+
     torch.manual_seed(seed_for(seed, *position))

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from trainer.events import Ended, EventLog, Failed, Phase, Sample, Saved, Started, Step, Verified, Warned
 from trainer.run import Run
@@ -56,7 +57,7 @@ def train(path: Path, folder: Path) -> int:
     words = dict(word.partition("=")[::2] for word in str(values.get("training_comment", "")).split())
     total, pause = int(words.get("steps", 20)), float(words.get("pause", 0.02))
     if "room" in words:
-        return train_for_real(int(words["room"]) << 20)
+        train_for_real(int(words["room"]) << 20)
     run = Run(folder)
     run.claim()
     events = EventLog(run.events)
@@ -108,16 +109,16 @@ def train(path: Path, folder: Path) -> int:
     return 0
 
 
-def train_for_real(room: int) -> int:
+def train_for_real(room: int) -> NoReturn:
     """The real training, whose requests for memory are refused from `room` bytes on."""
     import resource
 
     import trainer.loop  # noqa: F401
-    from trainer.__main__ import main
+    from trainer.__main__ import _leave, main
 
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + room, held + room))
-    return main()
+    _leave(main())
 
 
 def sample(run: Run, events: EventLog, step: int, prompts: list[str]) -> None:
@@ -157,17 +158,19 @@ def save(run: Run, events: EventLog, step: int, what: str) -> str:
     return str(path)
 
 
-def truly(words: list[str]) -> int:
+def truly(words: list[str]) -> NoReturn:
     """The real program, whose doctor leaves out its minute of training."""
     from trainer import doctor
-    from trainer.__main__ import main
+    from trainer.__main__ import _leave, main
 
     doctor.LOOKS = (doctor._writing, doctor._room)
-    return main(words)
+    _leave(main(words))
 
 
 if __name__ == "__main__":
     command, *rest = sys.argv[1:]
     if command == "check":
         sys.exit(check(Path(rest[0]), trial="--trial" in rest))
-    sys.exit(train(Path(rest[0]), Path(rest[2])) if command == "train" else truly(sys.argv[1:]))
+    if command == "train":
+        sys.exit(train(Path(rest[0]), Path(rest[2])))
+    truly(sys.argv[1:])

@@ -83,9 +83,9 @@ def test_the_trainer_never_imports_the_page_and_the_schema_never_imports_torch()
         modules = [a.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for a in n.names]
         modules += [n.module or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
         assert not {m.split(".")[0] for m in modules} & {"gui", "gradio", "app"}, path
-    light = "import trainer.schema, trainer.kohya, trainer.events, trainer.run, trainer.check, trainer.start, sys"
+    light = "import trainer.schema, trainer.kohya, trainer.events, trainer.run, trainer.check, trainer.start"
     heavy = "print(sorted({'torch', 'diffusers', 'transformers', 'accelerate', 'gradio'} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", f"{light}; {heavy}"], cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", f"{light}, trainer.draws, sys; {heavy}"], cwd=ROOT, capture_output=True, text=True)
     assert found.stdout.strip() == "[]", found.stderr
 
 
@@ -110,6 +110,12 @@ def test_a_start_imports_the_models_that_are_trained_and_later_all_others_are_to
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert ran.stdout.splitlines() == ["[]", "True True True"]
+
+
+def test_a_library_that_cannot_be_imported_is_told_as_such():
+    code = "import sys; sys.modules['transformers'] = None; import trainer.models.lean_imports"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert "import of transformers halted" in ran.stderr.splitlines()[-1]
 
 
 def test_the_page_imports_of_the_trainer_only_what_needs_no_torch():

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.data import captions
-from trainer.data.batches import Batch as Indices
-from trainer.data.batches import batches_per_epoch, epoch_batches
 from trainer.data.buckets import Placement
 from trainer.data.cache import Latents, to_tensor
 from trainer.data.folders import Picture
-from trainer.data.images import opacity, pixels, with_hue
+from trainer.data.reads import Read, Reads
 from trainer.errors import LorawrightError
 from trainer.processes import ALONE, Place
-from trainer.randomness import generator_at
 from trainer.schema import Config
-
-HUE_LIMIT = 8 / 180
-"""The furthest that a hue is moved, as a share of the colour circle (sd-scripts' bound)."""
 
 
 @dataclass
@@ -73,18 +62,7 @@ class Batch:
         return len(self.places) == self.images
 
 
-@dataclass(frozen=True)
-class Read:
-    """How one image is read this time: with which caption, where it is cut, how far its hues move, mirrored or not."""
-
-    item: int
-    flip: bool
-    caption: str
-    placement: Placement
-    hue: float
-
-
-class Feed(Dataset[Batch]):
+class Feed(Reads, Dataset[Batch]):
     """The batches of a run, by number from 0 over all epochs."""
 
     def __init__(
@@ -96,45 +74,8 @@ class Feed(Dataset[Batch]):
         latents: Sequence[Latents] | None = None,
         place: Place = ALONE,
     ) -> None:
-        self.pictures, self.placements, self.latents = pictures, placements, latents
-        self.config, self.seed, self.place = config, seed, place
-        self.per_epoch = batches_per_epoch(self._buckets(), self._repeats(), config.training.batch_of_all)
-        self._order = lru_cache(maxsize=2)(self._order_of)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in vars(self).items() if name != "_order"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        vars(self).update(state)
-        self._order = lru_cache(maxsize=2)(self._order_of)
-
-    def __len__(self) -> int:
-        return self.per_epoch
-
-    def _buckets(self) -> list[tuple[int, int]]:
-        return [placement.bucket for placement in self.placements]
-
-    def _repeats(self) -> list[int]:
-        return [picture.repeats for picture in self.pictures]
-
-    def _order_of(self, epoch: int) -> list[Indices]:
-        return epoch_batches(self._buckets(), self._repeats(), self.config.training.batch_of_all, self.seed, epoch)
-
-    def files(self, number: int) -> list[Path]:
-        """The images of a batch."""
-        epoch, place = divmod(number, self.per_epoch)
-        return [self.pictures[item].path for item in self._order(epoch)[place]]
-
-    def reads(self, number: int) -> list[Read]:
-        """What is drawn for each image of a batch."""
-        epoch, place = divmod(number, self.per_epoch)
-        found = []
-        for slot, item in enumerate(self._order(epoch)[place]):
-            rng = generator_at(self.seed, "item", number, slot)
-            flip = self.config.data.flip and rng.random() < 0.5
-            caption = captions.draw(self.pictures[item].caption, self.config.captions, rng, epoch + 1)
-            found.append(Read(item, flip, caption, *self._varied(self.placements[item], rng)))
-        return found
+        super().__init__(pictures, placements, config, seed)
+        self.latents, self.place = latents, place
 
     def __getitem__(self, number: int) -> Batch:
         """This process's share of a batch. Where it has none, the batch's first image stands in and counts for nothing."""
@@ -148,20 +89,12 @@ class Feed(Dataset[Batch]):
             latents=self._cached(reads) if self.latents is not None else None,
             pixels=to_tensor([self.image(read) for read in reads]) if self.latents is None else None,
             all_captions=[read.caption for read in every],
-            masks=torch.stack([self.mask(read) for read in reads]) if self.config.objective.masked else None,
+            masks=torch.stack([self._mask(read) for read in reads]) if self.config.objective.masked else None,
             weights=torch.tensor([prior if picture.regularisation else 1.0 for picture in read_from]) * bool(share),
             sizes=torch.tensor([self._sizes(read) for read in reads], dtype=torch.float32),
             names=[picture.path.name for picture in read_from],
             places=places,
         )
-
-    def _varied(self, placement: Placement, rng: random.Random) -> tuple[Placement, float]:
-        """Where this read cuts the image, and how far it moves the hues."""
-        data = self.config.data
-        if data.random_crop:
-            spare = (placement.resized[0] - placement.bucket[0], placement.resized[1] - placement.bucket[1])
-            placement = replace(placement, crop=(rng.randint(0, spare[0]), rng.randint(0, spare[1])))
-        return placement, rng.uniform(-HUE_LIMIT, HUE_LIMIT) if data.color else 0.0
 
     def _sizes(self, read: Read) -> tuple[int, ...]:
         width, height = size = self.pictures[read.item].size
@@ -176,12 +109,11 @@ class Feed(Dataset[Batch]):
             chosen.append(entry.flipped if read.flip and entry.flipped is not None else entry.plain)
         return torch.stack(chosen).float()
 
-    def image(self, read: Read) -> np.ndarray:
-        """The pixels that are trained, uint8 RGB [height, width, 3]."""
-        image = pixels(self.pictures[read.item].path, read.placement, matted=not self.config.objective.masked)
-        if read.hue:
-            image = with_hue(image, read.hue)
-        return np.ascontiguousarray(image[:, ::-1]) if read.flip else image
+    def _mask(self, read: Read) -> torch.Tensor:
+        cached = self.latents[read.item].mask if self.latents is not None else None
+        if cached is None:
+            return torch.from_numpy(self.mask(read))
+        return cached.flip(-1) if read.flip else cached
 
     def workers(self) -> int:
         """How many processes read images: as many as are set, at most one for each of the machine's threads."""
@@ -195,13 +127,6 @@ class Feed(Dataset[Batch]):
         return [
             range(max(numbers.start, e * self.per_epoch), min(numbers.stop, (e + 1) * self.per_epoch)) for e in borders
         ]
-
-    def mask(self, read: Read) -> torch.Tensor:
-        """How much each place of the image counts, [h,w]."""
-        cached = self.latents[read.item].mask if self.latents is not None else None
-        if cached is None:
-            cached = torch.from_numpy(opacity(self.pictures[read.item].path, read.placement))
-        return cached.flip(-1) if read.flip else cached
 
     def batches(self, numbers: range) -> Iterator[Batch]:
         """The batches with these numbers, made ahead: by worker processes, or one ahead by a thread."""

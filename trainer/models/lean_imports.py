@@ -52,8 +52,8 @@ def _only_what_is_named() -> Iterator[None]:
         for name in missing:
             sys.modules.pop(name, None)
             package, _, own = name.rpartition(".")
-            if package:
-                vars(sys.modules[package]).pop(own, None)
+            if holder := sys.modules.get(package):  # none is there if the import failed, and that is to be told
+                vars(holder).pop(own, None)
 
 
 with _only_what_is_named():
