@@ -64,6 +64,9 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
     given = arguments(words)
     from gui import guard
 
+    if wrong := guard.cannot_listen(given.listen, given.server_port):
+        print(f"The page cannot be served: {wrong}", file=sys.stderr)
+        return 1
     password = guard.password_for(given.listen, given.share, given.password)
     from gui import words as vocabulary
 

@@ -1,6 +1,9 @@
+import socket
+
 import pytest
 
-from gui.guard import ANSWERED, Guard, Hosts, answered, host_of, is_loopback, password_for, path_of
+import app
+from gui.guard import ANSWERED, Guard, Hosts, answered, cannot_listen, host_of, is_loopback, password_for, path_of
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1", "localhost", "::1", ""])
@@ -128,3 +131,23 @@ def test_a_proxy_may_say_under_which_name_it_was_asked():
 
 def test_a_websocket_counts_as_an_order():
     assert OPEN.refusal("GET", {"host": "127.0.0.1:7860", "origin": "http://evil.example"}, "websocket")
+
+
+@pytest.fixture
+def taken():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield other.getsockname()[1]
+
+
+def test_a_port_or_an_address_that_cannot_be_had_is_told_with_the_flag_and_what_to_give(taken):
+    assert f"--server_port {taken} is taken" in cannot_listen("127.0.0.1", taken)
+    assert "--server_port 80000 is no port. Give one from 1 to 65535" in cannot_listen("127.0.0.1", 80000)
+    assert "--server_port -1 is no port" in cannot_listen("", -1)
+    assert '--listen "192.0.2.1" is no address of this machine' in cannot_listen("192.0.2.1", 0)
+    assert cannot_listen("127.0.0.1", 0) is cannot_listen("0.0.0.0", 0) is cannot_listen("localhost", 0) is None
+
+
+def test_the_program_ends_with_a_sentence_where_it_cannot_serve(taken, tmp_path, capsys):
+    assert app.main(["--runs", str(tmp_path / "runs"), "--server_port", str(taken)]) == 1
+    assert capsys.readouterr().err.startswith(f"The page cannot be served: --server_port {taken} is taken")
+    assert not (tmp_path / "runs").exists()
