@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from gui.presets import Presets
 from gui.runs import ALIVE, BusyError, Runs, kill
 from gui.tools import Tools
 from gui.waiting import Queue
-from trainer import kohya, state
+from trainer import jsontext, kohya, state
 from trainer.errors import ConfigError, DataError, Problem
 from trainer.paths import resolve
 from trainer.run import REQUESTS, Run
@@ -34,19 +33,6 @@ GONE_S = 90
 Answer = dict[str, Any]
 Ask = Mapping[str, Any]
 Values = Mapping[str, Any]
-
-
-def _read(text: str) -> Any:
-    """What JSON says. Raises JSONDecodeError, also for a key that stands twice in an object: one value would be lost."""
-
-    def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            places = [found.start() for found in re.finditer(rf'"{re.escape(twice)}"\s*:', text)]
-            raise json.JSONDecodeError(f'"{twice}" is given twice', text, places[-1] if places else 0)
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=once)
 
 
 @dataclass
@@ -112,11 +98,10 @@ class Desk:
     def parse(self, ask: Ask) -> Answer:
         """A preset given as JSON text. What is no JSON is told with its line."""
         try:
-            flat = _read(ask["text"])
-        except ValueError as error:
-            line = getattr(error, "lineno", 0)
-            message = f"Line {line}: {getattr(error, 'msg', error)}."
-            return {"problems": [asdict(Problem("", "JSON", message))], "line": line}
+            flat = jsontext.read(ask["text"])
+        except json.JSONDecodeError as error:
+            message = f"Line {error.lineno}: {error.msg}."
+            return {"problems": [asdict(Problem("", "JSON", message))], "line": error.lineno}
         if not isinstance(flat, dict):
             return {"problems": [asdict(Problem("", "JSON", 'It must be an object: {"key": value, …}.'))], "line": 1}
         return _as_form(kohya.read(flat))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer import jsontext
 from trainer.errors import ConfigError, Problem
 from trainer.run import write_whole
 from trainer.schema import PARAMETERS, older, without_effect
@@ -129,9 +130,12 @@ def _note(key: str, value: Any, flat: Mapping[str, Any]) -> Note | None:
 def load(path: Path) -> Preset:
     """Read a preset file. Raises ConfigError when it is missing or is not a JSON object."""
     try:
-        flat = json.loads(path.read_text(encoding="utf-8-sig"))
+        flat = jsontext.read(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError([_file_problem(f'"{path}" cannot be read: {error.strerror}.')]) from error
+    except json.JSONDecodeError as error:
+        message = f'"{path}" is not JSON. Line {error.lineno}: {error.msg}.'
+        raise ConfigError([_file_problem(message)]) from error
     except ValueError as error:
         raise ConfigError([_file_problem(f'"{path}" is not JSON: {error}.')]) from error
     if not isinstance(flat, dict):

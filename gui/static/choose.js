@@ -64,7 +64,9 @@ class Chooser {
     if (alive && (await ask(t`Draw while a training goes on?`, text, [["", t`Cancel`], ["yes", t`Draw now`, "lw-primary"]])) !== "yes") return;
     const { problems } = await this.server.grid_start({ run: this.run, names: this.names, at: this.at.value, prompts: this.prompts.value });
     this.wrong.textContent = problems.map((p) => sentence(`${p.label}: ${p.message}`)).join(" ");
-    if (!problems.length) await this.poll();
+    if (problems.length) return;
+    this.left = scrollY;
+    await this.poll();
   }
 
   // Ask until all is drawn, for as long as this run's grid is in view.
@@ -114,6 +116,9 @@ class Chooser {
       make("div", { class: "lw-scroll", tabIndex: 0, role: "region", "aria-label": t`Pictures by file and strength` }, make("table", { class: "lw-table lw-contact" },
         make("thead", {}, make("tr", {}, make("th", { scope: "col" }, t`File`), ...grid.at.map((at) => make("th", { scope: "col" }, at === 0 ? t`0 · base model` : t`strength ${at}`)))),
         make("tbody", {}, ...grid.rows.map((name, row) => make("tr", {}, make("th", { scope: "row" }, this.named(name)), ...grid.at.map((_, column) => cell(row, column))))))));
+    // What is drawn now comes into view, unless the reader has gone elsewhere.
+    if (this.left === scrollY) this.start.scrollIntoView({ block: "start", behavior: "smooth" });
+    this.left = undefined;
   }
 
   // A long name may break behind its hyphens.

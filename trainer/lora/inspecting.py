@@ -358,16 +358,16 @@ def _unsaid(lora: Lora, said: _Metadata) -> list[str]:
         if model
         else "The file does not name it"
     ]
-    lines = [f"{PARAMETERS['pretrained_model_name_or_path'].label}: where the base model lies. {told[0]}."]
+    lines = [f"Enter {PARAMETERS['pretrained_model_name_or_path'].label}: where the base model lies. {told[0]}."]
     folders = ", ".join(_folders(said, "ss_dataset_dirs")) or "not named in the file"
-    lines.append(f"{PARAMETERS['train_data_dir'].label}: where the images lie. Their folders were {folders}.")
+    lines.append(f"Enter {PARAMETERS['train_data_dir'].label}: where the images lie. Their folders were {folders}.")
     if regularisation := _folders(said, "ss_reg_dataset_dirs"):
-        lines.append(f"{PARAMETERS['reg_data_dir'].label}: theirs were {', '.join(regularisation)}.")
+        lines.append(f"Enter {PARAMETERS['reg_data_dir'].label}: theirs were {', '.join(regularisation)}.")
     if vae := said.text("ss_vae_name"):
-        lines.append(f"{PARAMETERS['vae'].label}: it was {vae}.")
-    lines.append(f"{PARAMETERS['caption_extension'].label}: how the captions' files end.")
+        lines.append(f"Enter {PARAMETERS['vae'].label}: it was {vae}.")
+    lines.append(f"Enter {PARAMETERS['caption_extension'].label}: how the captions' files end.")
     if said.text("ss_optimizer") and "optimizer" not in _optimizer(said.text("ss_optimizer")):
-        lines.append(f"{PARAMETERS['optimizer'].label}: {said.text('ss_optimizer')} is not known here.")
+        lines.append(f"Enter {PARAMETERS['optimizer'].label}: {said.text('ss_optimizer')} is not known here.")
     if not any(entry.startswith("ss_") for entry in said.entries):
         lines.insert(0, "The file says nothing of its training; what stands here follows from its tensors alone.")
     elif len(said.datasets()) > 1:
@@ -375,7 +375,7 @@ def _unsaid(lora: Lora, said: _Metadata) -> list[str]:
             f"It was trained on {len(said.datasets())} data sets with settings of their own; the first's are here."
         )
     if len(lora.ranks) > 1 and _number("network_dim", said.text("ss_network_dim")) is None:
-        lines.append(f"{PARAMETERS['network_dim'].label}: its layers have several, {_counts(lora.ranks)}.")
+        lines.append(f"Enter {PARAMETERS['network_dim'].label}: its layers have several, {_counts(lora.ranks)}.")
     return lines
 
 
