@@ -5,6 +5,7 @@ softmax(q kᵀ / √d) v, for each head (Vaswani et al. 2017, eq. 1).
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -67,6 +68,10 @@ class Processor:
         inputs = (layer.to_q(hidden_states), layer.to_k(known), layer.to_v(known))
         answer = self.attend(*(x.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for x in inputs))
         return layer.to_out[1](layer.to_out[0](answer.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+
+
+Processor.__call__.__signature__ = inspect.signature(Processor.__call__)  # type: ignore[attr-defined]
+"""diffusers asks for it at each call; it is not worked out anew."""
 
 
 def by_products(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

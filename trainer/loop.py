@@ -114,7 +114,7 @@ def take_step(s: Session, step: int, batches: Iterator[Batch]) -> tuple[torch.Te
                 if loss.requires_grad:  # not where dropout left every module out
                     s.accelerator.backward(loss)
                 total += loss.detach()
-    weights = list(s.network.parameters())
+    weights = s.network.weights
     total = s.team.sum(weights, total)
     if all(weight.grad is None for weight in weights):
         for weight in weights:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,6 +83,11 @@ class Network(torch.nn.Module):
         self._frozen = dict(layers)
         self._drawing = [module for module in modules.values() if hasattr(module, "draw")]
         self._castable = [module for module in modules.values() if casting.serves(module)]
+
+    @cached_property
+    def weights(self) -> list[torch.nn.Parameter]:
+        """All parameters, gathered once: a step asks for them, and to go through all modules takes a millisecond."""
+        return list(self.parameters())
 
     def attach(self) -> None:
         """From now on the model's layers answer with their update added."""

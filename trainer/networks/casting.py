@@ -35,12 +35,16 @@ def cast(layers: Sequence[LoRALayer], dtype: torch.dtype) -> Iterator[None]:
         downs, ups, scales = zip(*factors, strict=True)
         copies = _Copies.apply(dtype, [1.0] * len(some) + [*scales], *downs, *ups)
         for layer, down, up in zip(some, copies[: len(some)], copies[len(some) :], strict=True):
-            layer.copies = down, up, 1.0
+            vars(layer)["copies"] = (
+                down,
+                up,
+                1.0,
+            )  # a module's own way looks for parameters first, fourteen times as long
     try:
         yield
     finally:
         for layer in layers:
-            layer.copies = None
+            vars(layer)["copies"] = None
 
 
 class _Copies(torch.autograd.Function):
