@@ -64,6 +64,7 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
     given = arguments(words)
     from gui import guard
 
+    given.listen = given.listen.strip("[]") or "127.0.0.1"
     if wrong := guard.cannot_listen(given.listen, given.server_port):
         print(f"The page cannot be served: {wrong}", file=sys.stderr)
         return 1
@@ -118,7 +119,7 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
     blocks = page.build(desk, words)
     try:
         _, local, shared = blocks.launch(
-            server_name=given.listen,
+            server_name=f"[{given.listen}]" if ":" in given.listen else given.listen,
             server_port=given.server_port or None,
             share=given.share,
             inbrowser=given.inbrowser and not given.headless,
@@ -136,8 +137,8 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
             quiet=True,
             prevent_thread_lock=True,
         )
-    except OSError as error:
-        print(f"The page cannot be served: {error}", file=sys.stderr)
+    except OSError:
+        print("The page cannot be served: no port from 7860 on is free. Name one with --server_port.", file=sys.stderr)
         return 1
     # launch() replaces an empty list by one of its own.
     blocks.allowed_paths = allowed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import secrets
 import socket
 from collections.abc import Iterable
@@ -49,32 +50,34 @@ def password_for(listen: str, share: bool, given: str | None) -> str | None:
     return given or (secrets.token_urlsafe(12) if share or not is_loopback(listen) else None)
 
 
-def cannot_listen(address: str, port: int) -> str | None:
-    """Why nothing can be served at this address and port (0: any), and what to do. Known before Gradio is imported."""
+def cannot_listen(host: str, port: int) -> str | None:
+    """Why nothing can be served at this address or name and port (0: any), and what to do; known without Gradio,
+    which asks for the port at 127.0.0.1 as well.
+    """
     if not 0 <= port <= 65535:
         return f"--server_port {port} is no port. Give one from 1 to 65535, or none for the first free one from 7860."
-    error: OSError | None = None
-    try:
-        places = socket.getaddrinfo(address or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as unknown:
-        places, error = [], unknown
-    for family, kind, protocol, _, place in places:
+    for where in dict.fromkeys((host, "127.0.0.1")):
         try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(place)
-            return None
-        except OSError as refused:
-            error = refused
-    assert error is not None
-    if error.errno == errno.EADDRINUSE:
-        return (
-            f"--server_port {port} is taken: something is served at {address} there already, perhaps this page. "
-            "Give another port, or none for the first free one from 7860."
-        )
-    if error.errno == errno.EACCES:
-        return f"--server_port {port} is not allowed to this user ({error.strerror}). Give one from 1024 on."
-    return f'--listen "{address}" is no address of this machine ({error.strerror}). Give 127.0.0.1, 0.0.0.0 or its own.'
+            for family, _, _, _, place in socket.getaddrinfo(where, port, type=socket.SOCK_STREAM):
+                socket.create_server(place, family=family).close()
+        except UnicodeError:
+            return _no_address(host, "no name is written so")
+        except socket.gaierror as error:
+            return _no_address(host, str(error.strerror))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return (
+                    f"--server_port {port} is taken: something is served at {where} there already, perhaps this page. "
+                    "Give another port, or none for the first free one from 7860."
+                )
+            if error.errno == errno.EACCES:
+                return f"--server_port {port} is not allowed to this user. Give one from 1024 on."
+            return _no_address(host, os.strerror(error.errno or 0))
+    return None
+
+
+def _no_address(host: str, reason: str) -> str:
+    return f'--listen "{host}" is no address of this machine ({reason}). Give 127.0.0.1, 0.0.0.0 or its own.'
 
 
 def path_of(scope: Scope) -> str:

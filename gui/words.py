@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from trainer import jsontext
+
 FOLDER = Path(__file__).parent / "words"
 ENGLISH = FOLDER / "english.json"
 PROPERTIES = ("label", "placeholder")
@@ -37,7 +39,9 @@ def load(language: str) -> Words:
     if language == ENGLISH.stem:
         return {}
     path = Path(language) if language.endswith(".json") else FOLDER / f"{language}.json"
-    words = json.loads(path.read_text(encoding="utf-8"))
+    words = jsontext.read(path.read_text(encoding="utf-8"))
+    if not isinstance(words, dict):
+        raise ValueError('it is no object: {"English": "translation", …}')
     return {str(english): str(other) for english, other in words.items()}
 
 

@@ -1,4 +1,4 @@
-"""`python -m trainer draws`: what the steps of a training see, drawn by the training's own loader.
+"""`python -m trainer draws`: what the steps of a training see, drawn as the training's own loader draws it.
 
 Images as they are cut, mirrored and shifted in hue, captions as they are shuffled and dropped, the tokens that
 are read and those that are cut. With the same seed the first draws are those of the first steps.
@@ -87,7 +87,7 @@ def _batch(every: Reads, number: int, step: int) -> Iterator[Draw]:
         picture = every.pictures[read.item]
         image = Image.fromarray(every.image(read))
         if every.config.objective.masked:
-            image.putalpha(Image.fromarray((every.mask(read) * 255).astype("uint8")).resize(image.size))
+            image.putalpha(Image.fromarray((every.opacity(read) * 255).astype("uint8")).resize(image.size))
         tokens = [piece.text for piece in pieces(read.caption, weighted=settings.weighted)]
         yield Draw(
             step=step,

@@ -128,16 +128,15 @@ def _note(key: str, value: Any, flat: Mapping[str, Any]) -> Note | None:
 
 
 def load(path: Path) -> Preset:
-    """Read a preset file. Raises ConfigError when it is missing or is not a JSON object."""
+    """Read a preset file. Raises ConfigError when it is missing, is no JSON object, or has a key twice."""
     try:
         flat = jsontext.read(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError([_file_problem(f'"{path}" cannot be read: {error.strerror}.')]) from error
     except json.JSONDecodeError as error:
-        message = f'"{path}" is not JSON. Line {error.lineno}: {error.msg}.'
-        raise ConfigError([_file_problem(message)]) from error
-    except ValueError as error:
-        raise ConfigError([_file_problem(f'"{path}" is not JSON: {error}.')]) from error
+        raise ConfigError([_file_problem(f'"{path}", line {error.lineno}: {error.msg}.')]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([_file_problem(f'"{path}" is no text in UTF-8. Save it as UTF-8.')]) from error
     if not isinstance(flat, dict):
         raise ConfigError([_file_problem(f'"{path}" holds a {type(flat).__name__}, not an object {{"key": value}}.')])
     return read(flat)

@@ -97,7 +97,11 @@ class Chooser {
     this.wrong.textContent = ["failed", "stopped"].includes(answer.state) ? `${answer.failed.message} ${answer.failed.hint}` : "";
     this.notes.textContent = (answer.report?.report.warnings || []).join(" ");
     this.count();
+    const before = this.shown;
     this.show();
+    // What is drawn now comes into view, unless the reader has gone elsewhere.
+    if (this.running && this.left === scrollY && this.shown !== before) this.start.scrollIntoView({ block: "start", behavior: "smooth" });
+    if (!this.running || this.shown !== before) this.left = undefined;
     if (began) this.timer = setTimeout(() => this.poll(), 500);
   }
 
@@ -116,9 +120,6 @@ class Chooser {
       make("div", { class: "lw-scroll", tabIndex: 0, role: "region", "aria-label": t`Pictures by file and strength` }, make("table", { class: "lw-table lw-contact" },
         make("thead", {}, make("tr", {}, make("th", { scope: "col" }, t`File`), ...grid.at.map((at) => make("th", { scope: "col" }, at === 0 ? t`0 · base model` : t`strength ${at}`)))),
         make("tbody", {}, ...grid.rows.map((name, row) => make("tr", {}, make("th", { scope: "row" }, this.named(name)), ...grid.at.map((_, column) => cell(row, column))))))));
-    // What is drawn now comes into view, unless the reader has gone elsewhere.
-    if (this.left === scrollY) this.start.scrollIntoView({ block: "start", behavior: "smooth" });
-    this.left = undefined;
   }
 
   // A long name may break behind its hyphens.

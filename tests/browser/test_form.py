@@ -418,12 +418,15 @@ def test_what_will_be_trained_follows_the_form_and_the_dataset_shows_each_image_
 
 def test_a_phone_shows_every_tab_and_never_scrolls_sideways(page):
     page.set_viewport_size({"width": 390, "height": 844})
+    schemes = ["light", "dark"]
     for tab in ("Folders", "Parameters", "Advanced", "Samples", "Dataset", "Config (JSON)", "Runs", "Tools"):
         page.get_by_role("tab", name=tab, exact=True).click()  # nothing lies over it
         open_tab(page, tab)
-        for scheme in ("dark", "light"):
+        for scheme in schemes:
             page.emulate_media(color_scheme=scheme)
+            page.wait_for_selector("body.dark" if scheme == "dark" else "body:not(.dark)")
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, f"{tab}, {scheme}"
+        schemes.reverse()
 
 
 def test_every_control_has_a_name(page):

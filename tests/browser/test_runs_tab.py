@@ -295,6 +295,19 @@ def test_a_grid_is_shown_as_it_is_drawn_and_a_file_chosen_from_it(server, page):
         page.get_by_role("button", name="Use this one").click()
     assert download.value.suggested_filename == "last.safetensors"
     page.keyboard.press("Escape")
+    page.get_by_label("Prompts, one a line").fill("a cat pause=60")
+    page.set_viewport_size({"width": 1440, "height": 500})
+    page.evaluate("scrollTo(0, 0)")
+    page.get_by_role("button", name="Draw 2 pictures").focus()
+    page.keyboard.press("Enter")
+    page.locator("#lw-choose progress").wait_for()
+    prompt = {"prompt": "a cat", "seed": 7, "size": [512, 512]}
+    contact.write(run / "grid", index | {"prompts": [prompt], "lines": "a cat pause=60"})
+    page.wait_for_function(
+        "Math.abs(document.querySelector('#lw-choose [type=submit]').getBoundingClientRect().top - 62) < 10"
+    )
+    page.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
+    page.locator("#lw-choose progress").wait_for(state="hidden")
     (run / "output" / "last.safetensors").unlink()
     page.get_by_role("button", name="Draw 2 pictures").click()
     page.wait_for_selector("#lw-choose .lw-wrong >> text=LoRAs: is empty, and the tool needs it.")

@@ -164,6 +164,8 @@ def truly(words: list[str]) -> NoReturn:
     from trainer.__main__ import _leave, main
 
     doctor.LOOKS = (doctor._writing, doctor._room)
+    if any("pause=60" in word for word in words):  # in a prompt
+        time.sleep(60)
     _leave(main(words))
 
 

@@ -1,3 +1,4 @@
+import errno
 import socket
 
 import pytest
@@ -140,11 +141,30 @@ def taken():
 
 
 def test_a_port_or_an_address_that_cannot_be_had_is_told_with_the_flag_and_what_to_give(taken):
-    assert f"--server_port {taken} is taken" in cannot_listen("127.0.0.1", taken)
+    assert f"--server_port {taken} is taken: something is served at 127.0.0.1" in cannot_listen("127.0.0.1", taken)
+    assert f"--server_port {taken} is taken" in cannot_listen("0.0.0.0", taken)
+    assert f"--server_port {taken} is taken" in cannot_listen("127.0.0.2", taken), "Gradio asks for 127.0.0.1, too"
     assert "--server_port 80000 is no port. Give one from 1 to 65535" in cannot_listen("127.0.0.1", 80000)
-    assert "--server_port -1 is no port" in cannot_listen("", -1)
-    assert '--listen "192.0.2.1" is no address of this machine' in cannot_listen("192.0.2.1", 0)
-    assert cannot_listen("127.0.0.1", 0) is cannot_listen("0.0.0.0", 0) is cannot_listen("localhost", 0) is None
+    assert "--server_port -1 is no port" in cannot_listen("127.0.0.1", -1)
+    for address in ("192.0.2.1", "192.168..5", "x" * 64, "no.such.name.invalid"):
+        assert f'--listen "{address}" is no address of this machine (' in cannot_listen(address, 0)
+    assert cannot_listen("127.0.0.1", 0) is cannot_listen("0.0.0.0", 0) is None
+
+
+def test_a_port_that_may_not_be_used_is_told(monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket, "create_server", refuse)
+    assert cannot_listen("127.0.0.1", 80) == "--server_port 80 is not allowed to this user. Give one from 1024 on."
+
+
+def test_a_port_that_was_just_left_can_be_had_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            server.accept()[0].close()  # the server's end waits behind the connection for a minute
+    assert cannot_listen("127.0.0.1", port) is None
 
 
 def test_the_program_ends_with_a_sentence_where_it_cannot_serve(taken, tmp_path, capsys):

@@ -112,7 +112,7 @@ class Feed(Reads, Dataset[Batch]):
     def _mask(self, read: Read) -> torch.Tensor:
         cached = self.latents[read.item].mask if self.latents is not None else None
         if cached is None:
-            return torch.from_numpy(self.mask(read))
+            return torch.from_numpy(self.opacity(read))
         return cached.flip(-1) if read.flip else cached
 
     def workers(self) -> int:

@@ -89,13 +89,13 @@ class Reads:
         return placement, rng.uniform(-HUE_LIMIT, HUE_LIMIT) if data.color else 0.0
 
     def image(self, read: Read) -> np.ndarray:
-        """The pixels that are trained, uint8 RGB [height, width, 3]."""
+        """The pixels that are trained, uint8 RGB [height, width, 3]. Raises DataError."""
         image = pixels(self.pictures[read.item].path, read.placement, matted=not self.config.objective.masked)
         if read.hue:
             image = with_hue(image, read.hue)
         return np.ascontiguousarray(image[:, ::-1]) if read.flip else image
 
-    def mask(self, read: Read) -> np.ndarray:
-        """How much each place of the image counts, 0…1 [height/8, width/8]."""
+    def opacity(self, read: Read) -> np.ndarray:
+        """How much each place of the image counts under masked loss, 0…1 [height/8, width/8]. Raises DataError."""
         found = opacity(self.pictures[read.item].path, read.placement)
         return np.ascontiguousarray(found[:, ::-1]) if read.flip else found

@@ -149,7 +149,12 @@ class Group(BaseModel):
         field = cls.model_fields[info.field_name]
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError("holds bytes or characters that are not text in UTF-8")
-        coerced = coerce(value, kind_of(field), field)
+        kind = kind_of(field)
+        coerced = coerce(value, kind, field)
+        if kind in ("file", "folder", "model") and any(character < " " for character in str(coerced)):
+            raise ValueError(
+                "holds a line break or a tab, which no path does. In JSON, a backslash is written twice, as in C:\\\\models"
+            )
         unbounded = field.json_schema_extra["maximum"] is None  # type: ignore[index]
         if isinstance(coerced, int) and abs(coerced) > LARGEST and unbounded:
             raise ValueError(f"is further from 0 than {LARGEST}; lower it")
