@@ -20,6 +20,7 @@ from trainer.data import folders, overflow
 from trainer.data.batches import batches_per_epoch
 from trainer.data.buckets import Buckets, Size
 from trainer.data.folders import Picture
+from trainer.data.images import rgb
 from trainer.errors import DataError, LorawrightError, Problem
 from trainer.length import Length
 from trainer.paths import resolve
@@ -201,7 +202,7 @@ def _thumbnail(path: Path, roots: Sequence[Path]) -> str | None:
             small = ImageOps.exif_transpose(image)
             small.thumbnail(THUMBNAIL)
             data = io.BytesIO()
-            small.convert("RGB").save(data, "JPEG", quality=82)
+            rgb(small).save(data, "JPEG", quality=82)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None  # the survey tells which images are damaged
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +114,21 @@ def test_folders_without_images_are_told(lively, tmp_path, capsys):
     assert main(["draws", str(tmp_path / "preset.json"), "--json"]) == 2
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert "none" in problem["message"]
+
+
+def test_settings_that_training_refuses_are_not_drawn_with(lively, tmp_path, capsys):
+    (tmp_path / "preset.json").write_text(json.dumps({**lively, "train_batch_size": 0, "cache_latents": True}))
+    assert main(["draws", str(tmp_path / "preset.json"), "--json"]) == 2
+    told = {problem["key"] for problem in json.loads(capsys.readouterr().out)["problems"]}
+    assert told == {"train_batch_size", "random_crop"}
+    assert main(["draws", str(tmp_path / "preset.json")]) == 2
+    assert "Train batch size (train_batch_size)" in capsys.readouterr().err
+
+
+def test_whoever_reads_the_first_lines_alone_sees_no_traceback(lively, tmp_path):
+    (tmp_path / "preset.json").write_text(json.dumps(lively))
+    words = [sys.executable, "-m", "trainer", "draws", str(tmp_path / "preset.json")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0

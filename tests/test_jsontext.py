@@ -26,6 +26,10 @@ WRONG = [
     (r'{"model": "C:\users"}', 1, "a backslash in a text is written twice"),
     ('{"epoch": 3,\n "a": 1', 2, "it ends too soon"),
     ("", 1, "there is nothing in it"),
+    ('{"a": 0,001}', 1, "a number has a point, not a comma"),
+    ('{"a": 1, // one\n "b": 2}', 1, "JSON knows no comments"),
+    ('{"a": 1\n # one\n}', 2, "JSON knows no comments"),
+    ('{"a": "D:\\\\img\\",\n "b": 2}', 1, "the backslash before a quotation mark hides it"),
     ('{"a": 1,\n "a": 2,\n "b": {"a": 3}}', 2, '"a" is given twice; take one away'),
     ('{"b": {"a": 1},\n "c": [{"a": 1}, {"a": 2}],\n "a": 3,\n "a": 4}', 4, '"a" is given twice'),
     (

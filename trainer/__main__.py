@@ -120,4 +120,9 @@ def _leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _leave(main())
+    try:
+        code = main()
+    except BrokenPipeError:  # whoever reads what is printed has read enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = EXIT_DONE
+    _leave(code)

@@ -112,21 +112,27 @@ def _thumbnail(image: Image.Image) -> str:
 
 
 def report(preset: Preset, batch: int, as_json: bool) -> int:
-    """Print the draws. Returns the exit code: 0, or 2 when the images cannot be read as they are set."""
-    config, _ = settings(preset.values)
+    """Print the draws. Returns the exit code: 0, or 2 when a setting is not allowed or the images cannot be read."""
+    config, told = settings(preset.values)
+    if wrong := [problem for problem in told if problem.severity == "error"]:
+        return _refuse(wrong, as_json)
     try:
         found = draws(config, batch)
     except LorawrightError as error:
-        if as_json:
-            print(json.dumps({"problems": [asdict(Problem("", "Images", str(error)))]}))
-        else:
-            print(error, file=sys.stderr)
-        return EXIT_CONFIG
+        return _refuse([Problem("", "Images", str(error))], as_json)
     if as_json:
         print(json.dumps({"problems": [], **asdict(found)}))
     else:
         print("\n".join(shown(line) for line in _lines(found)))
     return EXIT_DONE
+
+
+def _refuse(wrong: list[Problem], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"problems": [asdict(problem) for problem in wrong]}))
+    else:
+        print("\n".join(map(str, wrong)), file=sys.stderr)
+    return EXIT_CONFIG
 
 
 def _lines(found: Draws) -> Iterator[str]:

@@ -50,8 +50,16 @@ def _plain(message: str, text: str, place: int) -> str:
         message = "Illegal trailing comma"
     elif rest[0] in "'“”‘’„«»":
         return QUOTED
+    elif rest.startswith(("//", "/*", "#")):
+        return "JSON knows no comments; take this one away"
+    elif rest[0].isdigit() and re.search(r"[:\[]\s*-?\d+,$", text[:place].rstrip()):
+        return "a number has a point, not a comma, as in 0.001"
     elif rest.startswith(("True", "False", "None")):
         return "it is written true, false or null, in small letters and without quotes"
+    elif message.startswith(("Invalid control", "Unterminated")) and re.search(
+        r'[^\\]\\",?$', text[:place].rstrip() or text.rstrip()
+    ):
+        return "the backslash before a quotation mark hides it; a backslash in a text is written twice"
     elif message.startswith("Invalid control") and rest[0] in "\r\n":
         return "a text goes over the end of its line; a line break in it is written \\n"
     return next((words for begins, words in WORDS.items() if message.startswith(begins)), message)

@@ -21,6 +21,7 @@ class DrawsPart {
 
   async drawn(batch) {
     const told = byId("lw-draws-told"), list = byId("lw-draws"), entries = this.form.entries;
+    told.className = "lw-facts";
     told.textContent = t`Drawing …`;
     let answer;
     try {
@@ -30,7 +31,8 @@ class DrawsPart {
       return;
     }
     if (answer.problems.length) {
-      told.textContent = answer.problems.map((p) => p.message).join(" ");
+      told.className = "lw-wrong";
+      told.textContent = answer.problems.map((p) => sentence(`${p.label}: ${p.message}`)).join(" ");
       list.replaceChildren();
       return;
     }
@@ -38,7 +40,7 @@ class DrawsPart {
     list.classList.remove("lw-outdated");
     this.following = answer.following;
     byId("lw-draws-next").hidden = false;
-    told.textContent = answer.chosen ? t`Drawn with the seed ${answer.seed}, as a training with these settings does from its first step on.`
+    told.textContent = answer.chosen ? t`Drawn with the seed ${answer.seed}, as a training with these settings does.`
       : t`Seed is empty, so every training draws anew. These are of a random one, ${answer.seed}.`;
     list.replaceChildren(...answer.draws.map((draw) => this.card(draw)));
   }

@@ -60,14 +60,15 @@ class RunList {
     const act = (word, does) => make("button", { class: "lw-link lw-small", type: "button", "aria-label": `${word} ${run.id}`, "data-act": `${word} ${run.id}`,
       onclick: () => this.bar.order(does) }, word);
     const turn = (word) => async () => { await this.server.turn({ run: run.id, word }); await this.again(); };
+    const went_on = this.runs.filter((other) => other.origin === run.id);
     return make("tr", { "aria-current": run.id === this.live.run ? "true" : null },
       make("td", {}, waits ? "" : choose),
       make("td", {}, make("span", { class: "lw-pill", "data-state": run.state }, waits ? t`queued ${place + 1}` : said(run.state))),
       make("td", {}, waits ? run.name : this.shower(run.id, run.name),
         make("div", { class: "lw-facts" }, waits ? t`Added ${moment(run.began)}` : moment(run.began), " · ", make("span", {}, run.id)),
         run.origin && this.kin(t`Went on from `, run.origin),
-        ...this.runs.filter((other) => other.origin === run.id).map((other) => this.kin(t`Went on as `, other.id)),
-        this.stranded(run)),
+        ...went_on.map((other) => this.kin(t`Went on as `, other.id)),
+        !went_on.length && this.stranded(run)),
       make("td", { class: "lw-number" }, run.total ? `${run.step}/${run.total}` : "–"),
       make("td", { class: "lw-number" }, run.loss === null ? "–" : run.loss.toPrecision(3)),
       make("td", { class: "lw-acts" }, run.sweep && act(said("Sweep"), () => this.sweep(run)), run.files > 0 && act(said("Choose a checkpoint"), () => this.chooser.open(run.id)), run.stranded === "" && act(said("Resume"), () => this.resume(run)), act(said("Repeat"), () => this.repeat(run)),
@@ -92,7 +93,7 @@ class RunList {
   // Why an ended run cannot go on, and what to switch on so that the next one can.
   stranded(run) {
     if (run.stranded && !run.step) return make("div", { class: "lw-facts" }, t`Nothing had been trained yet. Repeat starts it anew.`);
-    if (run.stranded === "gone") return make("div", { class: "lw-facts" }, t`Cannot be resumed: its saved state is gone. Either it was deleted, or a later run went on from it.`);
+    if (run.stranded === "gone") return make("div", { class: "lw-facts" }, t`Cannot be resumed: its saved state is gone.`);
     return run.stranded === "none" && make("div", { class: "lw-facts" }, t`Cannot be resumed: it saved no state. For the next run, switch on `,
       make("button", { class: "lw-link lw-small", type: "button", onclick: () => this.bar.form.focus("save_state") }, this.bar.form.label("save_state")), ".");
   }
@@ -211,7 +212,7 @@ class Json {
     if (!answer.entries) {
       byId("lw-json").value = text;
       this.mark(true);
-      this.bar.banner.show("error", t`This is not a preset.`, answer.problems);
+      this.bar.banner.show("error", t`This cannot be read as a preset.`, answer.problems);
       if (answer.line) select_line(byId("lw-json"), answer.line);
       return;
     }

@@ -15,6 +15,7 @@ class Log {
       if (atEnd !== this.following && !this.scrolling) this.setFollow(atEnd);
       this.scrolling = false;
     });
+    new ResizeObserver(() => this.following && this.toEnd()).observe(node);
     this.setFollow(true);
   }
 

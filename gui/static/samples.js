@@ -45,11 +45,11 @@ class Samples {
     this.grid.replaceChildren(...[...this.prompts.keys()].sort((a, b) => a - b).map((index) => {
       const without = this.without.get(index);
       const before = without || (first === 0 && at !== 0 ? this.pictures.get(0).get(index) : null);
-      const now = this.pictures.get(at).get(index);
-      const drawing = at === steps.at(-1) && ["running", "stopping"].includes(byId("lw-pill").dataset.state);
+      // A training's last step draws one prompt alone: of the others the newest until then.
+      const now = steps.filter((step) => step <= at && (step || !at)).map((step) => this.pictures.get(step).get(index)).filter(Boolean).at(-1);
       return make("figure", { class: "lw-sample" },
         make("div", { class: "lw-pair" }, before ? this.picture(before, without ? t`no LoRA` : t`before`) : null,
-          now ? this.picture(now, at === 0 ? t`before` : t`step ${at}`) : make("div", { class: "lw-none" }, drawing ? t`not drawn yet` : t`not drawn at this step`)),
+          now ? this.picture(now, now.step === 0 ? t`before` : t`step ${now.step}`) : make("div", { class: "lw-none" }, t`not drawn yet`)),
         make("figcaption", { title: this.prompts.get(index) }, this.prompts.get(index)));
     }));
   }

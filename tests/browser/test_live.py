@@ -279,17 +279,39 @@ def test_what_a_picture_shows_is_a_line_at_its_edge(server, page):
     wait_state(page, "starting", "running")
     wait_state(page, "done")
     (folder,) = server.runs.glob("2*")
-    EventLog(Run(folder).events).emit(Sample("samples/000008_0.png", "a cat", 0, 7, 8, 0.0))
+    events = EventLog(Run(folder).events)
+    events.emit(Sample("samples/000008_0.png", "a cat", 0, 7, 8, 0.0))
+    events.emit(Sample("samples/000008_0.png", "a cat", 0, 7, 9))  # as at the end, of one prompt alone
     page.reload()
     wait_ready(page)
     badge = page.get_by_title("no LoRA")
     badge.wait_for()
+    assert page.locator("#lw-samples .lw-picture").all_inner_texts() == ["no LoRA", "step 9", "before", "step 8"]
     for width in (1440, 390):
         page.set_viewport_size({"width": width, "height": 900})
         high, above, pictured = badge.evaluate(
             "badge => [badge.offsetHeight, badge.offsetTop, badge.parentElement.offsetHeight]"
         )
         assert high <= 16 and above + high >= pictured - 4
+
+
+def test_the_log_gives_way_so_that_its_end_is_in_view(page, alive):
+    run = alive()
+    run.log.write_text("".join(f"line {n}\n" for n in range(100)))
+    events = EventLog(run.events)
+    events.emit(Started("x", "sd1", "cpu", "no", 1, 1, 1, 8, 1, 1))
+    events.emit(Step(1, 8, 1, 1, 0.1, 0.1, 1e-4, None, 2.0, None, 0))
+    wait_state(page, "running")
+    page.wait_for_function("document.getElementById('lw-log').textContent.includes('line 99')")
+    for height, lines in ((900, 11), (640, 5)):
+        page.set_viewport_size({"width": 1440, "height": height})
+        log, panel = (page.locator(part).bounding_box() for part in ("#lw-log", "#live"))
+        assert log["y"] + log["height"] < panel["y"] + panel["height"] <= height, height
+        assert log["height"] > 17 * lines
+        page.wait_for_function(
+            "(log => log.scrollHeight - log.scrollTop - log.clientHeight < 2)(document.getElementById('lw-log'))"
+        )
+    assert page.inner_text("#lw-follow") == "Following"
 
 
 def test_samples_open_large_and_arrows_go_through_steps(page):

@@ -1,5 +1,8 @@
 """The image folders as the page shows them."""
 
+import base64
+import io
+
 import pytest
 from PIL import Image
 
@@ -145,6 +148,14 @@ def test_small_pictures_are_given_of_images_in_the_forms_folders_only(settings, 
     found = dataset.thumbnails(settings, asked)["pictures"]
     assert found.pop(str(inside)).startswith("data:image/jpeg;base64,")
     assert set(found.values()) == {None}
+
+
+def test_a_small_picture_lays_transparent_parts_on_white_as_the_trainer_does(settings, tmp_path):
+    clear = tmp_path / "10_cat" / "clear.png"
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(clear)
+    _, data = dataset.thumbnails(settings, [str(clear)])["pictures"][str(clear)].split(",")
+    with Image.open(io.BytesIO(base64.b64decode(data))) as small:
+        assert small.getpixel((16, 16)) == (255, 255, 255)
 
 
 def test_of_very_many_images_some_are_listed_and_all_are_counted(settings, monkeypatch):

@@ -181,6 +181,7 @@ def test_values_of_any_json_type_are_coerced(key, value, expected):
         ("network_dim", "0"),
         ("network_dim", [1, 2]),
         ("output_name", "a/b"),
+        ("output_name", "a\nb"),
         ("output_name", "ü" * 101),
     ],
 )

@@ -47,7 +47,7 @@ def pixels(path: Path, placement: Placement, *, matted: bool = True) -> np.ndarr
         # A JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the time; twice the wanted
         # size remains for the resampling filter.
         image.draft(None, (2 * max(width, height), 2 * max(width, height)) if turn > 4 else (2 * width, 2 * height))
-        upright = _rgb(image, matted)
+        upright = rgb(image, matted)
     return np.asarray(_placed(upright, turn, placement))
 
 
@@ -150,7 +150,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _rgb(image: Image.Image, matted: bool) -> Image.Image:
+def rgb(image: Image.Image, matted: bool = True) -> Image.Image:
+    """Its colours, transparent parts on white, or (not `matted`) as they are below; 16-bit greys keep their range."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if not matted:

@@ -113,7 +113,7 @@ def conflicts(config: Config) -> Iterator[Problem]:
             f'"{config.saving.format}" files can hide programs; safetensors is written instead.',
             "warning",
         )
-    if not config.saving.name or any(c in config.saving.name for c in '/\\:*?"<>|\0'):
+    if not config.saving.name or any(c in '/\\:*?"<>|' or c < " " for c in config.saving.name):
         yield _problem(
             "output_name",
             f'"{config.saving.name}" cannot be a file name; use letters, digits, blanks, dots, - and _.',
