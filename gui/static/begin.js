@@ -23,5 +23,17 @@ async function begin(server) {
   new Finder(form, server, new Tools(server, form, bar));
   bar.offer(hello);
   await form.fill(hello.draft.entries, hello.draft.kept);
+  await returnToTab();
   document.documentElement.dataset.lorawright = "ready";
+}
+
+// A reload finds the reader where they were.
+async function returnToTab() {
+  const gone_from = sessionStorage.getItem("lw-tab");
+  if (["tab-basic-button", "tab-advanced-button"].includes(gone_from)) byId("tab-parameters-button").click();
+  if (gone_from) (await whenThere(() => byId(gone_from))).click();
+  document.addEventListener("click", ({ target }) => {
+    const tab = target.closest("#form [role=tab][id^=tab-]");
+    if (tab) sessionStorage.setItem("lw-tab", tab.id);
+  });
 }

@@ -39,6 +39,14 @@ def server(server):
     return server
 
 
+@pytest.fixture
+def page(page):
+    if not page.evaluate("document.querySelector(`#lw-preset [value='own/old']`) !== null"):
+        page.reload()
+        wait_ready(page)
+    return page
+
+
 def load(page, name):
     page.select_option("#lw-preset", f"own/{name}")
     page.get_by_role("button", name="Load", exact=True).click()
@@ -46,8 +54,6 @@ def load(page, name):
 
 
 def test_a_preset_fills_every_tab_and_tells_what_became_of_its_keys(page):
-    page.reload()  # the presets are listed anew
-    wait_ready(page)
     open_tab(page, "Samples")
     set_text(page, "sample_sampler", "ddim")
     load(page, "old")
@@ -103,6 +109,7 @@ def test_a_change_survives_a_reload_and_is_marked(server, page):
     page.reload()  # sooner than what was typed last is sent by itself
     wait_ready(page)
     assert page.inner_text("#lw-changed") == "3 changed"
+    assert page.get_by_role("tab", selected=True).all_inner_texts() == ["Parameters", "Basic"], "where it was left"
     open_tab(page, "Parameters")
     assert shown(page, "network_dim") == "32"
     assert not page.get_by_label("Cache latents", exact=True).is_checked()
