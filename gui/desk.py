@@ -343,7 +343,9 @@ class Desk:
         return {"files": [[name, path.stat().st_size] for name, path in found.items()]}
 
     def delete(self, ask: Ask) -> Answer:
-        """What would go and what would stay of a run's folder; deleted when `sure`. `refused` says why not."""
+        """What would go and what would stay of a run's folder, and what it wrote elsewhere, which stays as well; deleted
+        when `sure`. `refused` says why not.
+        """
         run = self._run(ask)
         if run is None:
             return {"refused": "There is no such run."}
@@ -354,7 +356,8 @@ class Desk:
         except OSError as error:
             return {"refused": f'"{error.filename or run.folder}" cannot be deleted: {error.strerror}.'}
         names = [[path.relative_to(run.folder).as_posix() for path in part] for part in (found.goes, found.stays)]
-        return {"goes": names[0], "stays": names[1]}
+        elsewhere = [one.path for one in history.saved(run) if not one.path.is_relative_to(run.folder)]
+        return {"goes": names[0], "stays": names[1], "elsewhere": [str(path) for path in elsewhere if path.exists()]}
 
     def compare(self, ask: Ask) -> Answer:
         """Settings, curve, outcome and samples of at most 24 runs, as many as a sweep has."""
@@ -378,7 +381,7 @@ class Desk:
             answer = _as_form(kohya.load(run.config))
             if _is_gone(answer["entries"]["resume"]):
                 answer["entries"]["resume"] = ""
-            return {**answer, "run": run.folder.name}
+            return {**answer, "description": "", "run": run.folder.name}  # it tells of a preset, not of this run
         except ConfigError as error:
             return {"run": run.folder.name, "problems": [asdict(problem) for problem in error.problems]}
 

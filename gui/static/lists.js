@@ -126,7 +126,8 @@ class RunList {
     const found = await this.server.delete({ run: run.id });
     const told = (word, names) => names.length > 0 && make("p", {}, make("b", {}, word), names.join(", "));
     const text = make("div", { class: "lw-stack lw-names" }, told(t`Deleted for good: `, found.goes || []),
-      told(t`Left alone, since the trainer did not write it: `, found.stays || []));
+      told(t`Left alone, since the trainer did not write it: `, found.stays || []),
+      told(t`Left alone in its own folder: `, found.elsewhere || []));
     const sure = found.goes && await ask(t`Delete ${run.id}?`, text, [["", t`Keep`], ["delete", t`Delete`, "lw-danger"]]);
     if (sure === "") return;
     const { refused } = sure ? await this.server.delete({ run: run.id, sure: true }) : found;

@@ -13,6 +13,7 @@ from gui.files import Roots
 from gui.presets import Presets
 from gui.runs import Runs, exit_code
 from trainer import kohya
+from trainer.events import EventLog, Saved
 from trainer.schema import PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -286,7 +287,7 @@ def test_a_run_without_a_state_cannot_go_on_and_says_so(desk):
     assert "No state" in desk.resume({"run": run})["problems"][0]["message"]
 
 
-def test_deleting_names_first_what_goes_and_spares_the_living(desk):
+def test_deleting_names_first_what_goes_and_spares_the_living(desk, tmp_path):
     run = desk.start({"entries": entries(desk, training_comment="steps=500"), "kept": {}})["run"]
     assert "not over" in desk.delete({"run": run, "sure": True})["refused"]
     assert (desk.runs.folder / run / "config.json").exists()
@@ -294,12 +295,17 @@ def test_deleting_names_first_what_goes_and_spares_the_living(desk):
         pass
     desk.control({"run": run, "word": "kill"})
     assert exit_code(desk.runs.find(run)) == -9
+    lora = tmp_path / "loras" / "cat.safetensors"
+    lora.parent.mkdir()
+    lora.write_bytes(b"x")
+    EventLog(desk.runs.find(run).events).emit(Saved(str(lora), 5, 1, "final"))
     answer = desk.delete({"run": run})
+    assert answer["elsewhere"] == [str(lora)]
     assert {"config.json", "events.jsonl", "log.txt", "killed"} <= set(answer["goes"]) and answer["stays"] == []
     assert (desk.runs.folder / run).exists()
     assert "goes" in desk.delete({"run": run, "sure": "yes"}) and (desk.runs.folder / run).exists()
     desk.delete({"run": run, "sure": True})
-    assert not (desk.runs.folder / run).exists()
+    assert not (desk.runs.folder / run).exists() and lora.exists()
 
 
 FORGED = ["", "..", "../x", "/etc", "presets", "20260101-000000-a/../../x", "20260101-000000-none", None, 7, ["x"]]
