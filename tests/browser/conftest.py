@@ -332,10 +332,9 @@ PUT_BACK = """async () => {
 
 def put_back(page) -> None:
     """A page in use goes back to the defaults and the first tab."""
-    wait_ready(page)
+    wait_ready(page)  # it may just have been loaded anew
     if page.viewport_size != {"width": 1440, "height": 900}:
         page.set_viewport_size({"width": 1440, "height": 900})
-    page.emulate_media(color_scheme="light")
     page.mouse.move(0, 0)
     page.evaluate(PUT_BACK.replace("BUILT", BUILT))
 

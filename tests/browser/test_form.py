@@ -173,7 +173,7 @@ def test_a_bad_value_is_marked_while_it_is_typed(page):
     set_text(page, "train_data_dir", "/there/is/no/such/folder")
     page.wait_for_selector("#field-train_data_dir input[aria-invalid]")
     set_text(page, "output_name", "other")  # the mark of the path stays while another field is typed in
-    page.wait_for_timeout(600)
+    page.wait_for_timeout(400)  # by then the page has asked anew
     assert page.locator("#field-train_data_dir input[aria-invalid]").count() == 1
     set_text(page, "train_data_dir", "")
     page.wait_for_selector("#field-train_data_dir input:not([aria-invalid])")
@@ -434,6 +434,7 @@ def test_a_phone_shows_every_tab_and_never_scrolls_sideways(page):
             page.wait_for_selector("body.dark" if scheme == "dark" else "body:not(.dark)")
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, f"{tab}, {scheme}"
         schemes.reverse()
+    page.emulate_media(color_scheme="light")
 
 
 def test_every_control_has_a_name(page):
