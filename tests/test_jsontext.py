@@ -76,4 +76,6 @@ def test_a_path_whose_backslashes_were_taken_for_tabs_and_line_breaks_is_told():
     preset = kohya.read(jsontext.read(r'{"pretrained_model_name_or_path": "C:\new\train.safetensors"}'))
     with pytest.raises(ConfigError) as told:
         parse(preset.values)
-    assert r"holds a line break or a tab, which no path does. In JSON, a backslash is written twice" in str(told.value)
+    assert r"holds a line break, a tab or the like, which no path does. In JSON, a backslash is written twice" in str(
+        told.value
+    )

@@ -41,3 +41,4 @@ def test_any_path_can_be_shown():
     assert shown("/a/\ud800") == "/a/\\ud800"
     assert shown("a\0b") == "a\\0b"
     assert shown("/été") == "/été"
+    assert shown("a\nb\t\x1b[31m") == r"a\nb\t\x1b[31m", "orders to a terminal do nothing"

@@ -37,8 +37,9 @@ def base_model(text: str) -> Path:
 
 
 def shown(path: Path | str) -> str:
-    """A path for a message; what cannot be printed (bytes that are not UTF-8, NUL) stands escaped."""
-    return str(path).replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    """A path for a message; what cannot be printed (bytes that are not UTF-8, line breaks, a terminal's orders) stands escaped."""
+    text = str(path).replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    return re.sub(r"[\x01-\x1f\x7f-\x9f]", lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def of_windows(text: str) -> bool:

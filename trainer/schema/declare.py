@@ -153,7 +153,7 @@ class Group(BaseModel):
         coerced = coerce(value, kind, field)
         if kind in ("file", "folder", "model") and any(character < " " for character in str(coerced)):
             raise ValueError(
-                "holds a line break or a tab, which no path does. In JSON, a backslash is written twice, as in C:\\\\models"
+                "holds a line break, a tab or the like, which no path does. In JSON, a backslash is written twice, as in C:\\\\models"
             )
         unbounded = field.json_schema_extra["maximum"] is None  # type: ignore[index]
         if isinstance(coerced, int) and abs(coerced) > LARGEST and unbounded:
