@@ -137,8 +137,10 @@ def main(words: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> in
             quiet=True,
             prevent_thread_lock=True,
         )
-    except OSError:
-        print("The page cannot be served: no port from 7860 on is free. Name one with --server_port.", file=sys.stderr)
+    except OSError:  # the one that is named may be taken since it was asked for
+        none = "no port from 7860 on is free. Name one with --server_port."
+        wrong = guard.cannot_listen(given.listen, given.server_port)
+        print(f"The page cannot be served: {wrong or none}", file=sys.stderr)
         return 1
     # launch() replaces an empty list by one of its own.
     blocks.allowed_paths = allowed

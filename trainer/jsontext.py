@@ -8,7 +8,6 @@ from typing import Any
 
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"(?P<key>\s*:)?|[{}\[\]]')
 _TOO_LONG = re.compile(r"\d{1000}")
-QUOTED = "names and texts stand in straight double quotes"
 WORDS = {
     "Expecting property name": "a name in double quotes is expected here",
     "Illegal trailing comma": "take away the comma before the bracket",
@@ -49,16 +48,14 @@ def _plain(message: str, text: str, place: int) -> str:
     if rest[0] in "}]" and text[:place].rstrip().endswith(","):
         message = "Illegal trailing comma"
     elif rest[0] in "'“”‘’„«»":
-        return QUOTED
+        return "names and texts stand in straight double quotes"
     elif rest.startswith(("//", "/*", "#")):
         return "JSON knows no comments; take this one away"
     elif rest[0].isdigit() and re.search(r"[:\[]\s*-?\d+,$", text[:place].rstrip()):
         return "a number has a point, not a comma, as in 0.001"
     elif rest.startswith(("True", "False", "None")):
         return "it is written true, false or null, in small letters and without quotes"
-    elif message.startswith(("Invalid control", "Unterminated")) and re.search(
-        r'[^\\]\\",?$', text[:place].rstrip() or text.rstrip()
-    ):
+    elif message.startswith("Invalid control") and re.search(r'[^\\]\\",?$', text[:place].rstrip()):
         return "the backslash before a quotation mark hides it; a backslash in a text is written twice"
     elif message.startswith("Invalid control") and rest[0] in "\r\n":
         return "a text goes over the end of its line; a line break in it is written \\n"

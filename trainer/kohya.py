@@ -130,7 +130,7 @@ def _note(key: str, value: Any, flat: Mapping[str, Any]) -> Note | None:
 def load(path: Path) -> Preset:
     """Read a preset file. Raises ConfigError when it is missing, is no JSON object, or has a key twice."""
     try:
-        flat = jsontext.read(path.read_text(encoding="utf-8-sig"))
+        flat = jsontext.read(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([_file_problem(f'"{path}" cannot be read: {error.strerror}.')]) from error
     except json.JSONDecodeError as error:

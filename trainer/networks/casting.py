@@ -35,11 +35,8 @@ def cast(layers: Sequence[LoRALayer], dtype: torch.dtype) -> Iterator[None]:
         downs, ups, scales = zip(*factors, strict=True)
         copies = _Copies.apply(dtype, [1.0] * len(some) + [*scales], *downs, *ups)
         for layer, down, up in zip(some, copies[: len(some)], copies[len(some) :], strict=True):
-            vars(layer)["copies"] = (
-                down,
-                up,
-                1.0,
-            )  # a module's own way looks for parameters first, fourteen times as long
+            # A module's own way looks for parameters first, fourteen times as long.
+            vars(layer)["copies"] = down, up, 1.0
     try:
         yield
     finally:
